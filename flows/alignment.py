@@ -1,0 +1,168 @@
+"""The alignment flow: from data to a registered policy, a cached task a step."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import flow, runtime
+
+from flows.reports import read_samples, write_report
+from flows.summary import RunSummary, StepSummary
+from flows.wiring import WIRING
+from plumbline.models.context import check_model
+from plumbline.params.loader import Loaded, flatten, load_experiment
+from plumbline.params.schema import StepName
+from plumbline.project import Project, find_project, make_home
+from plumbline.refs import DataVersion, RegistrationRef, StepResult
+from tasks import tracking
+from tasks.base_model import base_model
+from tasks.data_version import current_version, git_state, pull_missing
+from tasks.evaluate import evaluate
+from tasks.keys import cache_key, ingredients
+from tasks.prepare_data import prepare_data
+from tasks.records import damage, read_result, write_ingredients
+from tasks.register import register
+from tasks.reward_model import reward_model
+from tasks.rl import rl
+from tasks.sft import sft
+
+TASKS: dict[StepName, Any] = {
+    "prepare_data": prepare_data,
+    "base_model": base_model,
+    "sft": sft,
+    "reward_model": reward_model,
+    "rl": rl,
+    "evaluate": evaluate,
+    "register": register,
+}
+
+
+@flow(name="align", flow_run_name="{experiment}", persist_result=False)
+def align(
+    experiment: str = "quickstart",
+    overrides: list[str] | None = None,
+    refresh: list[StepName] | None = None,
+    allow_dirty: bool = False,
+) -> RunSummary:
+    """Run an alignment experiment; steps whose inputs did not change come from the cache.
+
+    Args:
+        experiment: Name of a file in params/.
+        overrides: Changes to its params, each as key=value, for example rl.kl_coef=0.1.
+        refresh: Steps to run again although nothing changed.
+        allow_dirty: Accept data that differs from data.dvc, and tag the run so.
+    """
+    started = time.perf_counter()
+    project = find_project()
+    make_home(project.home)
+    loaded = load_experiment(experiment, project.params, overrides or ())
+    check_model(loaded.experiment, project.root)
+    pull_missing(project.root)
+    data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+
+    run = _open_run(project, loaded, data)
+    state: tracking.RunState = "KILLED"
+    metrics: dict[str, float] = {}
+    try:
+        steps, results = _run_steps(project, loaded, data, run, refresh or ())
+        metrics = {name: v for result in results.values() for name, v in result.metrics.items()}
+        registered = _point_alias(loaded, results)
+        seconds = time.perf_counter() - started
+        summary = RunSummary(
+            experiment=loaded.name,
+            data={"rev": data.rev, "digest": data.digest},
+            mlflow_run_id=run.mlflow_run_id,
+            prefect_flow_run_id=str(runtime.flow_run.id),
+            seconds=round(seconds, 3),
+            steps=steps,
+            metrics=metrics,
+            report=str(project.reports / run.name),
+            samples=read_samples(results["evaluate"]),
+            registered=registered,
+        )
+        write_report(project, summary, results)
+        state = "FINISHED"
+        return summary
+    except Exception:
+        state = "FAILED"
+        raise
+    finally:
+        tracking.end_run(run.mlflow_run_id, state, metrics)
+
+
+def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.PipelineRun:
+    name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{runtime.flow_run.id[:4]}"
+    tags = {
+        "plumbline.experiment": loaded.name,
+        "plumbline.overrides": json.dumps(loaded.overrides),
+        "prefect.flow_run_id": str(runtime.flow_run.id),
+        "data.rev": data.rev,
+        "data.digest": data.digest,
+        "data.dirty": str(data.dirty).lower(),
+        **git_state(project.root),
+    }
+    run = tracking.start_pipeline(name, project.home, flatten(loaded.experiment), tags)
+    tracking.log_pipeline_dataset(run, data.path, data.digest, data.path, len(data.files))
+    return run
+
+
+def _run_steps(
+    project: Project,
+    loaded: Loaded,
+    data: DataVersion,
+    run: tracking.PipelineRun,
+    refresh: Sequence[StepName],
+) -> tuple[dict[str, StepSummary], dict[str, StepResult]]:
+    """Run or fetch every step; returns what happened and what came of it."""
+    steps: dict[str, StepSummary] = {}
+    results: dict[str, Any] = {"data": data}
+    for name, make_arguments in WIRING.items():
+        arguments = make_arguments(loaded.experiment, results)
+        parts = ingredients(name, arguments)
+        key = cache_key(name, parts)
+        earlier = read_result(project.results, name, key)
+        broken = earlier is not None and _warn_if_damaged(name, earlier)
+        # Prefect would take a record that we can't read, or whose artifacts are gone.
+        fresh = name in refresh or earlier is None or broken
+        began = time.perf_counter()
+        state = TASKS[name].with_options(refresh_cache=fresh)(
+            **arguments, run=run, return_state=True
+        )
+        results[name] = state.result()
+        ran = state.name != "Cached"
+        if ran:
+            write_ingredients(project.home, key, parts)
+            run_id = results[name].mlflow_run_id
+            tracking.tag_run(
+                run_id, {"plumbline.key": key, "plumbline.digest": results[name].digest}
+            )
+        else:
+            run_id = tracking.stub_run(run, name, key, results[name])
+        steps[name] = StepSummary(
+            status="ran" if ran else "cached",
+            seconds=round(time.perf_counter() - began, 3),
+            key=key,
+            digest=results[name].digest,
+            mlflow_run_id=run_id,
+        )
+    del results["data"]
+    return steps, results
+
+
+def _warn_if_damaged(step: StepName, result: StepResult) -> bool:
+    from rich.console import Console
+
+    why = damage(result)
+    if why:
+        Console(stderr=True).print(f"[yellow]{step}: {why}; the step runs again[/yellow]")
+    return why is not None
+
+
+def _point_alias(loaded: Loaded, results: dict[str, StepResult]) -> dict[str, str]:
+    """Let the alias name this run's model: a cached step does not move it back by itself."""
+    made = results["register"]
+    assert isinstance(made, RegistrationRef)
+    alias = loaded.experiment.registry.alias
+    tracking.point_alias(made.name, alias, made.version)
+    return {"name": made.name, "version": made.version, "alias": alias}

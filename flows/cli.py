@@ -1,0 +1,263 @@
+"""The command line: `plumbline run`, `plan`, `experiments`, `data`, `chat`.
+
+Frameworks are imported inside the commands, so that `--help` and `plan` stay quick.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.environment import prepare_environment
+from plumbline.errors import DataError, MachineError, ParamsError, PlumblineError
+from plumbline.params.schema import StepName
+from plumbline.project import Project, find_project, make_home
+
+if TYPE_CHECKING:
+    from flows.summary import RunSummary
+
+OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    help="RLHF as declared, cached, tracked experiments.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at the data that data.dvc pins.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console()
+err = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a param, e.g. rl.kl_coef=0.1."),
+]
+ExperimentName = Annotated[str, typer.Argument(help="A file in params/, by name or path.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+AllowDirty = Annotated[
+    bool, typer.Option("--allow-dirty", help="Accept data that differs from data.dvc.")
+]
+
+
+@app.command()
+def run(
+    experiment: ExperimentName,
+    overrides: Overrides = [],  # noqa: B006  typer reads the default, nobody writes to it
+    refresh: Annotated[list[str], typer.Option(metavar="STEP", help="Run this step again.")] = [],  # noqa: B006
+    json_file: JsonFile = None,
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Run an experiment; steps whose inputs did not change come from the cache."""
+    with _errors_as_exit_codes():
+        project = _project()
+        _check_steps(refresh)
+        _check_writable(json_file)
+        make_home(project.home)
+        _preflight(project, experiment, overrides, allow_dirty)
+        err.print(f"[bold]{experiment}[/bold]: starting Prefect and MLflow …")
+        from flows.alignment import align
+
+        summary = align(
+            experiment, list(overrides), cast(list[StepName], list(refresh)), allow_dirty
+        )
+        if json_file:
+            _write_json(json_file, _as_run_json(summary))
+        _show_summary(project, summary)
+
+
+@app.command()
+def plan(
+    experiment: ExperimentName,
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Say which steps a run would run, and why; starts nothing."""
+    with _errors_as_exit_codes():
+        project = _project()
+        _check_writable(json_file)
+        from flows.planning import make_plan
+        from plumbline.params.loader import load_experiment
+        from tasks.data_version import current_version, pull_missing
+
+        loaded = load_experiment(experiment, project.params, overrides)
+        pull_missing(project.root)
+        data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+        planned = make_plan(project, loaded.experiment, data)
+        if json_file:
+            steps = {name: step._asdict() for name, step in planned.items()}
+            _write_json(json_file, {"steps": steps})
+        table = Table("step", "action", "because", box=None, pad_edge=False)
+        colours = {"run": "yellow", "cached": "green", "unknown": "cyan"}
+        for name, step in planned.items():
+            table.add_row(name, f"[{colours[step.action]}]{step.action}[/]", step.because)
+        out.print(table)
+
+
+@app.command()
+def experiments() -> None:
+    """List the experiments in params/."""
+    with _errors_as_exit_codes():
+        from plumbline.params.loader import list_experiments
+
+        table = Table("experiment", "description", box=None, pad_edge=False)
+        for item in list_experiments(_project().params):
+            table.add_row(item.name, f"[red]{item.error}[/red]" if item.error else item.description)
+        out.print(table)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="Registered model with an alias or version: NAME@ALIAS, NAME/3.")
+    ] = "plumbline-policy@challenger",
+    temperature: Annotated[float, typer.Option(min=0.01, help="Divides the logits.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a trained model; an empty line or Ctrl-D ends."""
+    with _errors_as_exit_codes():
+        _project()
+        err.print("[dim]loading …[/dim]")
+        from flows.chatting import open_chat
+
+        answer = open_chat(model, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        while True:
+            try:
+                text = input("you> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                break
+            if not text:
+                break
+            out.print(f"[bold]{model}[/bold]> {answer(text)}", markup=True, highlight=False)
+
+
+@data_app.command("check")
+def data_check(
+    experiment: Annotated[str, typer.Argument(help="Whose data set and limits.")] = "quickstart",
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Validate the data set of an experiment as a run would, and print all that is wrong."""
+    with _errors_as_exit_codes():
+        project = _project()
+        from flows.checking import check_data
+        from plumbline.params.loader import load_experiment
+        from tasks.data_version import pull_missing
+
+        loaded = load_experiment(experiment, project.params, overrides)
+        if not (project.root / loaded.experiment.data.path).is_dir():
+            pull_missing(project.root)
+        rows = check_data(project, loaded.experiment)
+        for name, count in rows.items():
+            out.print(f"{name}: {count} rows")
+        out.print(f"[green]{loaded.experiment.data.path} is valid.[/green]")
+
+
+@data_app.command("status")
+def data_status() -> None:
+    """Say which version data.dvc pins, and whether data/ is that version."""
+    with _errors_as_exit_codes():
+        from tasks.data_version import status
+
+        found = status(_project().root)
+        out.print(f"data.dvc: {found['rev']}")
+        out.print(f"data/: {found['state']}, {len(found['files'])} files")
+        for line in found["differences"]:
+            out.print(f"  {line}")
+
+
+def _project() -> Project:
+    project = find_project()
+    prepare_environment(project)
+    return project
+
+
+def _preflight(project: Project, experiment: str, overrides: list[str], allow_dirty: bool) -> None:
+    """Find what would stop the run, before any server starts."""
+    from plumbline.models.context import check_model
+    from plumbline.params.loader import load_experiment
+    from tasks.data_version import current_version, pull_missing
+    from tasks.disk import check_room
+
+    loaded = load_experiment(experiment, project.params, overrides)
+    check_model(loaded.experiment, project.root)
+    pull_missing(project.root)
+    current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+    check_room(project.home, loaded.experiment, project.root)
+
+
+def _check_steps(steps: list[str]) -> None:
+    from difflib import get_close_matches
+
+    known = get_args(StepName)
+    for step in steps:
+        if step not in known:
+            near = get_close_matches(step, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ParamsError(f"--refresh {step}: no such step{hint} Steps: {', '.join(known)}")
+
+
+def _check_writable(path: Path | None) -> None:
+    """A result file that can't be written should not cost a run."""
+    if path is not None and not (
+        path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    ):
+        raise MachineError(
+            f"--json {path}: expected a file that can be written, in a folder that is there"
+        )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _as_run_json(summary: "RunSummary") -> dict[str, Any]:
+    return summary.model_dump(mode="json", exclude={"samples"})
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """Turn errors that a user can mend into a message and an exit code."""
+    try:
+        yield
+    except (ParamsError, DataError, MachineError) as error:
+        _print_error(error)
+        raise typer.Exit(INVALID) from None
+    except PlumblineError as error:
+        _print_error(error)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted[/yellow]")
+        raise typer.Exit(INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except Exception:
+        err.print_exception(show_locals=False)
+        raise typer.Exit(FAILED) from None
+
+
+def _print_error(error: Exception) -> None:
+    err.print("[bold red]error[/bold red] ", end="")
+    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_summary(project: Project, summary: "RunSummary") -> None:
+    from flows.closing import show_summary
+
+    show_summary(out, project, summary)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,102 @@
+"""The closing words of a run on the terminal."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.environment import database_uri
+from flows.reports import headline
+from flows.summary import RunSummary
+from plumbline.project import Project
+
+SHOWN_SAMPLES = 4
+
+
+def show_summary(console: Console, project: Project, summary: RunSummary) -> None:
+    """Print steps, samples before and after, metrics, figures, and how to open the two UIs."""
+    console.print(_samples(summary))
+    console.print(_metrics(summary))
+    console.print(_steps(summary))
+    report = Path(summary.report)
+    console.print(f"\n[bold]Figures and report[/bold] in {_shown(report)}:")
+    console.print("  " + "  ".join(sorted(path.name for path in report.iterdir())))
+    registered = summary.registered
+    console.print(
+        f"[bold]Registered[/bold] as {registered['name']} version {registered['version']}, "
+        f"alias {registered['alias']}; talk to it: "
+        f"plumbline chat {registered['name']}@{registered['alias']}"
+    )
+    console.print("[bold]Look closer:[/bold]")
+    for name, command in ui_commands(project).items():
+        console.print(f"  {name}: {command}", soft_wrap=True, highlight=False)
+
+
+def ui_commands(project: Project) -> dict[str, str]:
+    """The commands that open the UIs on this project's runs."""
+    mlflow_uri = os.environ.get("MLFLOW_TRACKING_URI", database_uri(project.home))
+    prefect_home = os.environ.get("PREFECT_HOME", str(project.home / "prefect"))
+    commands = {
+        "MLflow (http://127.0.0.1:5000)": mlflow_uri
+        if mlflow_uri.startswith("http")
+        else "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 "
+        f"--backend-store-uri {mlflow_uri}",
+        "Prefect (http://127.0.0.1:4200)": os.environ.get("PREFECT_API_URL")
+        or f"PREFECT_HOME={prefect_home} PREFECT_UI_API_URL=/api .venv/bin/prefect server start",
+    }
+    return commands
+
+
+def _samples(summary: RunSummary) -> Table:
+    table = Table("prompt", "before (SFT)", "after (RL)", title="Held-out samples", show_lines=True)
+    better = sorted(
+        summary.samples,
+        key=lambda row: float(row["policy_score"]) - float(row["sft_score"]),
+        reverse=True,
+    )
+    # Spread over the whole range of outcomes: the best alone would flatter.
+    step = max(1, len(better) // SHOWN_SAMPLES)
+    for row in better[::step][:SHOWN_SAMPLES]:
+        table.add_row(
+            str(row["prompt"]),
+            f"{row['sft']}\n[dim]score {row['sft_score']:.2f}[/dim]",
+            f"{row['policy']}\n[dim]score {row['policy_score']:.2f}[/dim]",
+        )
+    return table
+
+
+def _metrics(summary: RunSummary) -> Table:
+    table = Table("metric", "SFT", "policy", title="Held-out prompts")
+    for label, sft, policy in headline(summary.metrics):
+        table.add_row(label, f"{sft:.3f}", f"{policy:.3f}")
+    m = summary.metrics
+    table.add_row(
+        "win rate over SFT",
+        "",
+        f"{m['eval/win_rate']:.3f} [{m['eval/win_rate_low']:.3f}, {m['eval/win_rate_high']:.3f}]",
+    )
+    table.add_row(
+        "reward-model accuracy",
+        "",
+        f"{m['reward_model/accuracy']:.3f} "
+        f"[{m['reward_model/accuracy_low']:.3f}, {m['reward_model/accuracy_high']:.3f}]",
+    )
+    return table
+
+
+def _steps(summary: RunSummary) -> Table:
+    table = Table(
+        "step", "status", "seconds", title=f"{summary.experiment}, {summary.seconds:.0f} s"
+    )
+    for name, step in summary.steps.items():
+        colour = "green" if step.status == "cached" else "yellow"
+        table.add_row(name, f"[{colour}]{step.status}[/]", f"{step.seconds:.1f}")
+    return table
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

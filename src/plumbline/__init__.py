@@ -1,0 +1,1 @@
+"""RLHF as declared, cached, tracked experiments: the library, free of any framework."""

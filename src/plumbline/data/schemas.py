@@ -1,0 +1,207 @@
+"""The rules that rows must keep, as pandera schemas over canonical frames.
+
+A rule on one value is a check on its column. A rule on several values, rows or tables is found
+first, vectorised, as a column of *findings* that is null where the rule is kept and otherwise names
+the evidence (the other row, the number of tokens); its check is then that the column is null. So
+pandera reports one failure a row with its evidence in hand, however many columns the frame has.
+"""
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import pandera.pandas as pa
+import pyarrow as arrow
+import pyarrow.compute as pc
+
+from plumbline.data.formats import TABLES, conversation
+
+# C0 and C1 controls and DEL, without tab and line feed.
+CONTROL_CHARACTERS = r"[\x00-\x08\x0B-\x1F\x7F-\x9F]"
+RESPONSES = ("response", "chosen", "rejected")
+
+# A finding: the field it is reported under and the reason, which `case` completes.
+_FINDINGS = {
+    "same_pair": ("chosen", "chosen equals rejected"),
+    "reversed_of": ("chosen", "same pair in both orders (see row {case})"),
+    "duplicate_of": ("prompt", "duplicate of row {case}"),
+    "leaks_to": ("prompt", "prompt is in train and in test (see {case})"),
+}
+_TOKENS = "_tokens"
+
+_Rule = Callable[[pd.Series], pd.Series]
+
+
+def with_findings(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Add the columns of findings to every table; `prompt_id` and `split` must be filled in."""
+    leaks = _leaks(tables)
+    found = {}
+    for table, frame in tables.items():
+        columns = {"duplicate_of": _duplicate_of(frame, table), "leaks_to": leaks[table]}
+        if table == "preferences":
+            columns |= _pair_findings(frame)
+        found[table] = frame.assign(**columns)
+    return found
+
+
+def schema_of(
+    table: str, max_prompt_tokens: int | None = None, max_response_tokens: int | None = None
+) -> pa.DataFrameSchema:
+    """The rules of a table with findings; the length rules need `<field>_tokens` columns.
+
+    Null is allowed everywhere: a null field was reported by `formats.read_table`, and saying
+    "blank text" of a field that holds a number would send the user the wrong way.
+    """
+    columns = {"row": pa.Column("int64")}
+    for field in TABLES[table]:
+        if field == "label":
+            columns[field] = pa.Column("boolean", nullable=True)
+            continue
+        columns[field] = (
+            _text(_has_blank_turn, _has_control_turn)
+            if field == "prompt"
+            else _text(_is_blank, _has_control)
+        )
+        limit = max_prompt_tokens if field == "prompt" else max_response_tokens
+        if limit is not None:
+            columns[field + _TOKENS] = _tokens(field, limit)
+    columns["duplicate_of"] = _finding("duplicate_of", "Int64")
+    columns["leaks_to"] = _finding("leaks_to", "str")
+    if table == "preferences":
+        columns["margin"] = _margin()
+        columns["clean"] = pa.Column("boolean", nullable=True, required=False)
+        columns["same_pair"] = _finding("same_pair", "boolean")
+        columns["reversed_of"] = _finding("reversed_of", "Int64")
+    return pa.DataFrameSchema(columns)
+
+
+def broken_rules(frame: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFrame:
+    """The rows that break a rule: `index` (into the frame), `field`, `reason`."""
+    try:
+        schema.validate(frame, lazy=True)
+    except pa.errors.SchemaErrors as errors:
+        cases = errors.failure_cases
+    else:
+        return pd.DataFrame({"index": [], "field": [], "reason": []})
+    if (faults := cases[cases["index"].isna()]).size:
+        # Not the user's fault: the frame did not come from `read_table`.
+        raise TypeError(f"expected canonical rows, got {faults.to_dict('records')}")
+    fields = [
+        _FINDINGS[column][0] if column in _FINDINGS else column.removesuffix(_TOKENS)
+        for column in cases["column"]
+    ]
+    reasons = [
+        check.replace("{case}", str(case))
+        for check, case in zip(cases["check"], cases["failure_case"], strict=True)
+    ]
+    return pd.DataFrame({"index": cases["index"], "field": fields, "reason": reasons})
+
+
+# Rules on one value.
+
+
+def _text(has_blank: _Rule, has_control: _Rule) -> pa.Column:
+    checks = [
+        pa.Check(lambda texts: ~has_blank(texts), error="blank text"),
+        pa.Check(lambda texts: ~has_control(texts), error="control character"),
+    ]
+    return pa.Column(str, checks, nullable=True)
+
+
+def _tokens(field: str, limit: int) -> pa.Column:
+    reason = f"{field} has {{case}} tokens, the limit is {limit}"
+    return pa.Column("Int64", pa.Check.le(limit, error=reason), nullable=True)
+
+
+def _margin() -> pa.Column:
+    finite = pa.Check(
+        lambda margin: (margin >= 0) & (margin < float("inf")),
+        error="expected a finite margin of at least 0",
+    )
+    return pa.Column("float64", finite, nullable=True, required=False)
+
+
+def _finding(name: str, dtype: str) -> pa.Column:
+    check = pa.Check(lambda found: found.isna(), error=_FINDINGS[name][1])
+    return pa.Column(dtype, check, nullable=True)
+
+
+def _is_blank(texts: pd.Series) -> pd.Series:
+    return texts.str.strip() == ""
+
+
+def _has_control(texts: pd.Series) -> pd.Series:
+    found = pc.match_substring_regex(arrow.array(texts, arrow.large_string()), CONTROL_CHARACTERS)
+    return pd.Series(found.fill_null(False).to_numpy(zero_copy_only=False), index=texts.index)
+
+
+def _has_blank_turn(prompts: pd.Series) -> pd.Series:
+    blank = _of_contents(prompts, lambda contents: not all(map(str.strip, contents)))
+    return blank.fillna(False).astype(bool)
+
+
+def _has_control_turn(prompts: pd.Series) -> pd.Series:
+    return _has_control(_of_contents(prompts, "\n".join))
+
+
+def _of_contents(prompts: pd.Series, function: Callable[[list[str]], object]) -> pd.Series:
+    # A prompt often has several pairs; each distinct one is decoded once.
+    values = {
+        prompt: function([turn["content"] for turn in conversation(prompt)])
+        for prompt in prompts.dropna().unique()
+    }
+    return prompts.map(values)
+
+
+# Rules on several values, rows or tables.
+
+
+def _duplicate_of(frame: pd.DataFrame, table: str) -> pd.Series:
+    """The first row with the same fields, for every later one; margin and clean do not count."""
+    first = _first_row(frame["row"], [_stripped(frame[field]) for field in TABLES[table]])
+    return first.where(first < frame["row"])
+
+
+def _pair_findings(frame: pd.DataFrame) -> dict[str, pd.Series]:
+    """`same_pair`: chosen equals rejected. `reversed_of`: the first row that says the opposite."""
+    chosen, rejected = _stripped(frame["chosen"]), _stripped(frame["rejected"])
+    same = (chosen == rejected).fillna(False).astype(bool)
+    # One group a pair, whatever its order; in it, the rows in either order have a first one each.
+    swapped = (chosen > rejected).fillna(False).astype(bool)
+    pair = [frame["prompt"], chosen.where(~swapped, rejected), rejected.where(~swapped, chosen)]
+    forward = _first_row(frame["row"].where(~swapped), pair)
+    backward = _first_row(frame["row"].where(swapped), pair)
+    opposite = forward.where(swapped, backward)
+    return {
+        "same_pair": same.astype("boolean").where(same),
+        "reversed_of": opposite.where((opposite < frame["row"]) & ~same),
+    }
+
+
+def _first_row(rows: pd.Series, keys: list[pd.Series]) -> pd.Series:
+    """The smallest row number of each group; null where a key is null or the group has no row."""
+    complete = pd.concat([key.notna() for key in keys], axis=1).all(axis=1)
+    codes = [pd.factorize(key)[0] for key in keys]
+    return rows.where(complete).groupby(codes).transform("min").astype("Int64")
+
+
+def _stripped(values: pd.Series) -> pd.Series:
+    return values.str.strip() if values.dtype == "str" else values
+
+
+def _leaks(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
+    """For each test row whose prompt is also in train: where it is first in train."""
+    if not tables:
+        return {}
+    columns = ["prompt_id", "split", "file", "row"]
+    everywhere = pd.concat(
+        frame[columns].astype({"file": "str"}).dropna() for frame in tables.values()
+    )
+    train = everywhere[everywhere["split"] == "train"].drop_duplicates("prompt_id")
+    place = pd.Series(
+        (train["file"] + " row " + train["row"].astype("str")).to_numpy(),
+        index=train["prompt_id"],
+    )
+    return {
+        table: frame["prompt_id"].where(frame["split"] == "test").map(place).astype("str")
+        for table, frame in tables.items()
+    }

@@ -1,0 +1,35 @@
+"""Train or test, decided by the prompt alone, so that every file of a data set agrees."""
+
+import hashlib
+import json
+import unicodedata
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+
+def prompt_id(prompt: str) -> str:
+    """SHA-256 (64 hex digits) of a conversation, blind to case, white space and Unicode form.
+
+    `prompt` is the canonical JSON of a list of messages (`formats.read_table`). Prompts that a
+    reader would call the same must not be trained on here and tested on there, so each content is
+    brought to NFKC, case-folded, and its white space collapsed before it is hashed.
+    """
+    turns = [[turn["role"], _normalise(turn["content"])] for turn in json.loads(prompt)]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+
+def split_of(prompt_id: str, test_fraction: float) -> Split:
+    """The split of a prompt: its first 8 bytes, read as a number in [0, 1), against the fraction.
+
+    Nothing but the prompt decides, so added rows move no old row, and a larger `test_fraction`
+    only moves prompts from train to test.
+    """
+    # An integer against a scaled fraction is compared exactly; dividing would round 64 bits to 53.
+    return "test" if int(prompt_id[:16], 16) < test_fraction * 2**64 else "train"
+
+
+def _normalise(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Case folding can leave a decomposed character behind, so the form is settled once more.
+    return " ".join(unicodedata.normalize("NFKC", folded).split())

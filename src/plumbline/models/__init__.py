@@ -1,0 +1,1 @@
+"""Making, loading and saving language models and scalar (reward, value) models."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: masks, log-probabilities, KL, rewards, advantages."""

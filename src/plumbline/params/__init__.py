@@ -1,0 +1,1 @@
+"""What an experiment may say: the schema, and the only reader of YAML."""

@@ -1,0 +1,144 @@
+"""The faults of an experiment as lines that say where, which key, what was expected, what came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from plumbline.params.fields import catalogue, join_words
+from plumbline.params.tree import Node, show
+
+_EXPECTED_OF_FIELD = frozenset(
+    {
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+        "int_type",
+        "int_from_float",
+        "float_type",
+        "bool_type",
+        "string_type",
+        "string_too_short",
+        "string_pattern_mismatch",
+        "literal_error",
+    }
+)
+_NOT_A_SECTION = frozenset({"model_type", "model_attributes_type", "dict_type"})
+
+
+def explain(error: ValidationError, tree: Node) -> list[str]:
+    """Return one line a fault, `ORIGIN: dotted.key: what is wrong`, in the schema's order."""
+    faults = error.errors(include_url=False)
+    return [_line(fault, tree) for fault in faults]
+
+
+def fault_line(origin: str, key: str, text: str) -> str:
+    """Return a line of a report: `params/a.yaml:3: rl.kl_coef: expected …, got …`."""
+    return f"{origin}: {key}: {text}" if key else f"{origin}: {text}"
+
+
+def _line(fault: Mapping[str, Any], tree: Node) -> str:
+    path, choice = _without_tag(fault["loc"])
+    kind = fault["type"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        path = (*path, catalogue().discriminators[".".join(path)])
+        return fault_line(_origin(tree, path), ".".join(path), _wrong_tag(path, tree))
+    key = ".".join(path)
+    if kind in ("value_error", "assertion_error"):
+        message = str(fault["ctx"]["error"])
+        return fault_line(_origins_named(tree, path, message), key, message)
+    if kind == "extra_forbidden":
+        return fault_line(_origin(tree, path), key, _unknown(path, choice))
+    return fault_line(_origin(tree, path), key, _unexpected(fault, key, choice))
+
+
+def _unexpected(fault: Mapping[str, Any], key: str, choice: str | None) -> str:
+    """Say what the schema expects of a value that is missing or wrong."""
+    field = catalogue().field(key, choice)
+    got = show(fault["input"])
+    if fault["type"] == "missing" and field:
+        needed = f" with {choice}" if choice else ""
+        return f"required{needed} and not given; expected {field.expected}"
+    if fault["type"] in _NOT_A_SECTION:
+        return f"expected a section of keys, got {got}"
+    if fault["type"] == "finite_number" and field:
+        return f"expected {field.expected} that is finite, got {got}"
+    if fault["type"] not in _EXPECTED_OF_FIELD or field is None:
+        return f"{fault['msg']}, got {got}"
+    quote = fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float)
+    return f"expected {field.expected}, got {got}" + ("; put it in quotes" if quote else "")
+
+
+def _unknown(path: tuple[str, ...], choice: str | None) -> str:
+    """Say which key an unknown one may stand for."""
+    key, known = ".".join(path), catalogue()
+    if "." in path[-1]:
+        return "unknown key; a dotted key is for --set, in a file write the sections as mappings"
+    if key == "extends":
+        return "only a file extends another; --set cannot"
+    if choices := known.choices(key):
+        return f"a key of {join_words(choices)}; here it is {choice}"
+    if nearest := known.nearest(key, choice):
+        return f"unknown key; did you mean {join_words(nearest)}?"
+    names = [sibling.rpartition(".")[2] for sibling in known.siblings(key, choice)]
+    return f"unknown key; expected one of {', '.join(names)}"
+
+
+def _wrong_tag(path: tuple[str, ...], tree: Node) -> str:
+    field = catalogue().field(".".join(path))
+    node = _find(tree, path)
+    got = show(node.value) if node else "nothing"
+    return f"expected {field.expected if field else 'a valid choice'}, got {got}"
+
+
+def _without_tag(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """Split pydantic's location into the path a user wrote and the choice it went through.
+
+    Pydantic puts the discriminator's value into the location: (model, scratch, layers).
+    """
+    path = tuple(str(part) for part in loc)
+    for section, name in catalogue().discriminators.items():
+        depth = len(section.split("."))
+        if path[:depth] == tuple(section.split(".")) and len(path) > depth:
+            return (*path[:depth], *path[depth + 1 :]), f"{section}.{name}={path[depth]}"
+    return path, None
+
+
+def _find(tree: Node, path: tuple[str, ...]) -> Node | None:
+    node: Node | None = tree
+    for name in path:
+        node = node.children.get(name) if node else None
+    return node
+
+
+def _origin(tree: Node, path: tuple[str, ...]) -> str:
+    """Return where the value was written, or else the section that should hold it."""
+    node = tree
+    for name in path:
+        if name not in node.children:
+            break
+        node = node.children[name]
+    return node.origin
+
+
+def _origins_named(tree: Node, path: tuple[str, ...], message: str) -> str:
+    """Return where the keys that the message names below `path` were written."""
+    section = _find(tree, path)
+    named = [
+        origin
+        for key, origin in (_leaves(section, "") if section else [])
+        if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)
+    ]
+    return ", ".join(dict.fromkeys(named)) or _origin(tree, path)
+
+
+def _leaves(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, child in node.children.items():
+        if isinstance(child.value, dict):
+            yield from _leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child.origin

@@ -1,0 +1,180 @@
+"""What the schema says of every key, in words: for documentation and for error messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache
+from typing import Any
+
+from plumbline.params.schema import Experiment
+
+_OTHER_SECTION = 0.25
+_ALIKE = 0.6
+
+
+@dataclass(frozen=True)
+class FieldDoc:
+    """A key of the schema; `choice` is the discriminator's value that it exists for, if any."""
+
+    key: str
+    expected: str
+    default: str
+    description: str
+    choice: str | None = None
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every field and section, and the sections whose fields depend on a discriminator."""
+
+    fields: tuple[FieldDoc, ...]
+    sections: tuple[str, ...]
+    discriminators: Mapping[str, str]
+
+    def field(self, key: str, choice: str | None = None) -> FieldDoc | None:
+        """Return the field of that key, of the given choice where the key depends on one."""
+        for field in self.fields:
+            if field.key == key and field.choice in (None, choice):
+                return field
+        return None
+
+    def choices(self, key: str) -> list[str]:
+        """Return the choices of a discriminator that the key exists for."""
+        return [field.choice for field in self.fields if field.key == key and field.choice]
+
+    def siblings(self, key: str, choice: str | None = None) -> list[str]:
+        """Return the keys that may stand in the section of `key`."""
+        section = key.rpartition(".")[0]
+        fields = [f.key for f in self.fields if f.choice in (None, choice)]
+        return [k for k in (*fields, *self.sections) if k.rpartition(".")[0] == section]
+
+    def nearest(self, key: str, choice: str | None = None) -> list[str]:
+        """Return the valid keys most like an unknown one, equally good ones together.
+
+        A key of another section must match better: `rl.batch_size` is nearest to
+        `rl.mini_batch_size`, and `kl_coef` at the top is nearest to `rl.kl_coef`.
+        """
+        siblings = self.siblings(key, choice)
+        others = {f.key for f in self.fields} | set(self.sections)
+        name = key.rpartition(".")[2]
+        scores = {k: _likeness(name, k.rpartition(".")[2]) for k in siblings}
+        for other in others - set(siblings):
+            if other.rpartition(".")[0] != key.rpartition(".")[0]:
+                scores[other] = _likeness(name, other.rpartition(".")[2]) - _OTHER_SECTION
+        best = max(scores.values(), default=0.0)
+        order = [*(f.key for f in self.fields), *self.sections]
+        alike = [k for k in order if best >= _ALIKE and scores.get(k) == best]
+        return list(dict.fromkeys(alike))
+
+
+@cache
+def catalogue() -> Catalogue:
+    """Return what the schema of `Experiment` holds, read from its JSON schema."""
+    schema = Experiment.model_json_schema()
+    defaults = Experiment().model_dump(mode="json")
+    rows = list(_walk(schema, schema["$defs"], defaults, ""))
+    return Catalogue(
+        fields=tuple(row for row in rows if isinstance(row, FieldDoc)),
+        sections=tuple(row[0] for row in rows if isinstance(row, tuple)),
+        discriminators={row[0]: row[1] for row in rows if isinstance(row, tuple) and row[1]},
+    )
+
+
+def describe_fields() -> list[tuple[str, str, str, str]]:
+    """Return dotted key, type and range in words, default, and description of every field."""
+    described: dict[tuple[str, str, str, str], list[str]] = {}
+    for field in catalogue().fields:
+        row = (field.key, field.expected, field.default, field.description)
+        described.setdefault(row, []).extend([field.choice] if field.choice else [])
+    return [
+        (key, expected, default, f"{text} Only with {join_words(choices)}." if choices else text)
+        for (key, expected, default, text), choices in described.items()
+    ]
+
+
+def _walk(
+    schema: dict[str, Any], defs: dict[str, Any], defaults: Any, prefix: str
+) -> Iterator[FieldDoc | tuple[str, str]]:
+    """Yield a FieldDoc for every field and (key, discriminator or "") for every section."""
+    for name, field in schema.get("properties", {}).items():
+        key = f"{prefix}{name}"
+        default = defaults.get(name) if isinstance(defaults, dict) else None
+        if "$ref" in field:
+            yield key, ""
+            yield from _walk(_definition(field, defs), defs, default, f"{key}.")
+        elif "discriminator" in field:
+            discriminator = field["discriminator"]["propertyName"]
+            yield key, discriminator
+            yield from _walk_choices(field, defs, default or {}, key, discriminator)
+        else:
+            shown = json.dumps(field["default"]) if "default" in field else "required"
+            yield FieldDoc(key, _words(field), shown, field.get("description", ""))
+
+
+def _walk_choices(
+    field: dict[str, Any], defs: dict[str, Any], default: dict[str, Any], key: str, name: str
+) -> Iterator[FieldDoc | tuple[str, str]]:
+    definitions = [_definition(variant, defs) for variant in field["oneOf"]]
+    variants = {variant["properties"][name]["const"]: variant for variant in definitions}
+    meaning = [f"{tag}: {v['properties'][name]['description']}" for tag, v in variants.items()]
+    yield FieldDoc(
+        f"{key}.{name}",
+        join_words(list(variants)),
+        json.dumps(default[name]) if name in default else "required",
+        " ".join(meaning),
+    )
+    for tag, variant in variants.items():
+        for row in _walk(variant, defs, default, f"{key}."):
+            if isinstance(row, FieldDoc) and row.key != f"{key}.{name}":
+                choice = f"{key}.{name}={tag}"
+                yield FieldDoc(row.key, row.expected, row.default, row.description, choice)
+
+
+def _definition(field: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = defs[field["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _words(field: dict[str, Any]) -> str:
+    """Return the type and range of a field of a JSON schema as a phrase, with its article."""
+    if "anyOf" in field:
+        return " or ".join(_words(part) for part in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return join_words([str(value) for value in field.get("enum", [field.get("const")])])
+    names = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "a string",
+        "array": "a list",
+        "object": "a section of keys",
+        "null": "null",
+    }
+    bounds = [
+        f"{sign} {field[bound]:.12g}"
+        for bound, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", ">="),
+            ("exclusiveMaximum", "<"),
+            ("maximum", "<="),
+        )
+        if bound in field
+    ]
+    words = [names[field["type"]], " and ".join(bounds)]
+    if field.get("minLength"):
+        words.append("that is not empty" if field["minLength"] == 1 else "that is longer")
+    if "pattern" in field:
+        words.append(f"that matches {field['pattern']}")
+    return " ".join(word for word in words if word)
+
+
+def join_words(words: list[str]) -> str:
+    """Return a list in prose: `a, b or c`."""
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def _likeness(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second).ratio()

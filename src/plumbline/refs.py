@@ -1,0 +1,106 @@
+"""What steps hand to each other: small frozen values that name an artifact and its digest."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Ref(BaseModel):
+    """An artifact and the digest of its content, which is all that a cache key takes from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str = Field(description="sha256 of the content; md5 where DVC gives it.")
+
+
+class DataVersion(Ref):
+    """A data set in the working tree, as DVC pins it."""
+
+    path: str = Field(description="Folder of the data set, relative to the project.")
+    rev: str = Field(description="The .dir hash of data.dvc.")
+    files: dict[str, str] = Field(description="md5 of each file of the data set.")
+    dirty: bool = Field(False, description="The files differ from data.dvc, and that was allowed.")
+
+
+class DataRef(Ref):
+    """One parquet file of validated rows."""
+
+    uri: str
+    rows: int
+
+
+class SplitRef(BaseModel):
+    """The two splits of a table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: DataRef
+    test: DataRef
+
+
+class StepResult(Ref):
+    """What every step returns: an artifact, where it was made, and the numbers it was judged by."""
+
+    uri: str = Field(description="Where the artifact is; empty where the step makes none.")
+    mlflow_run_id: str = Field(description="The step's run that made it.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics.")
+    figures: dict[str, str] = Field(
+        default_factory=dict, description="URIs of the step's figures and tables, by file name."
+    )
+    seconds: float = Field(0.0, description="Wall time of making it.")
+
+
+class PreparedData(StepResult):
+    """The validated tables of a data set."""
+
+    demonstrations: SplitRef
+    preferences: SplitRef
+    prompts: SplitRef
+    ratings: SplitRef | None = None
+
+
+class ModelRef(StepResult):
+    """A model with its tokenizer, logged to MLflow; the uri is the folder that holds both."""
+
+    mlflow_model_id: str
+
+
+class EvaluationRef(StepResult):
+    """The comparison of two models."""
+
+
+class RegistrationRef(StepResult):
+    """A version of a registered model."""
+
+    name: str
+    version: str
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 over the names and the contents of the files in some parts of a folder."""
+    files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    listing = "".join(
+        f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files
+    )
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """A value as plain JSON, where a ref stands for itself by its digest alone."""
+    match value:
+        case Ref():
+            return value.digest
+        case SplitRef():
+            return {"train": value.train.digest, "test": value.test.digest}
+        case BaseModel():
+            return value.model_dump(mode="json")
+        case _:
+            return value

@@ -1,0 +1,1 @@
+"""The three training loops: SFT, reward model, RL."""

@@ -1,0 +1,133 @@
+"""What SFT and reward-model training share: transformers' Trainer, set up from the params."""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from plumbline.errors import TrainingError
+from plumbline.params.schema import SupervisedParams
+from plumbline.training.reporting import Log, Progress
+
+LOSS_ADVICE = (
+    "expected a finite loss; lower {section}.learning_rate or {section}.max_grad_norm, or look for "
+    "odd rows with `plumbline data check`"
+)
+
+
+def fit(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Mapping[str, Any]]], dict[str, Tensor]],
+    params: SupervisedParams,
+    *,
+    section: str,
+    loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
+    seed: int,
+    log: Log,
+    progress: Progress,
+) -> None:
+    """Train `model` in place on `rows`.
+
+    Args:
+        model: its forward takes what `collate` makes.
+        rows: the training rows.
+        collate: rows to a batch.
+        params: batches, epochs, learning rate.
+        section: the params section, for messages and metric names.
+        loss: (outputs, labels, labels that count in the mini-batch) to a scalar.
+        seed: of the shuffles.
+        log: called with the optimizer step and its metrics.
+        progress: called with rows done and rows in all.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = TrainingArguments(
+            output_dir=unused,
+            per_device_train_batch_size=params.micro_batch_size,
+            gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
+            num_train_epochs=params.epochs,
+            learning_rate=params.learning_rate,
+            lr_scheduler_type=params.schedule,
+            warmup_steps=params.warmup_fraction,
+            weight_decay=params.weight_decay,
+            max_grad_norm=params.max_grad_norm,
+            adam_epsilon=1e-5,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=10,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,  # type: ignore[arg-type]  # any sequence will do
+            data_collator=collate,
+            compute_loss_func=loss,
+            callbacks=[_Reporter(section, len(rows), params, log, progress)],
+        )
+        # It prints to the terminal, which belongs to the progress bars.
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+class _Reporter(TrainerCallback):
+    """Passes the Trainer's logs on, and stops a training that has lost its way."""
+
+    def __init__(
+        self, section: str, rows: int, params: SupervisedParams, log: Log, progress: Progress
+    ) -> None:
+        self.section = section
+        self.rows = rows
+        self.params = params
+        self.log = log
+        self.progress = progress
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"{self.section}: the loss is {logs['loss']} at step {state.global_step}; "
+                + LOSS_ADVICE.format(section=self.section)
+            )
+        self.log(
+            state.global_step,
+            {
+                f"{self.section}/loss": logs["loss"],
+                f"{self.section}/grad_norm": float(logs["grad_norm"]),
+                f"{self.section}/lr": logs["learning_rate"],
+                f"{self.section}/epoch": logs["epoch"],
+            },
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        total = self.rows * self.params.epochs
+        self.progress(min(state.global_step * self.params.batch_size, total), total)

@@ -1,0 +1,181 @@
+"""The data as DVC pins it: pulled where it is missing, verified where it is there."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plumbline.errors import DataError
+from plumbline.refs import DataVersion
+
+
+def read_pin(root: Path) -> str:
+    """The .dir hash that data.dvc pins.
+
+    Raises:
+        DataError: data.dvc is missing or not what `dvc add data` writes.
+    """
+    path = root / "data.dvc"
+    try:
+        pin = yaml.safe_load(path.read_text(encoding="utf-8"))["outs"][0]["md5"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"Can't read {path}: expected the file that `dvc add data` writes "
+            f"({type(error).__name__}: {error}). Restore it with `git checkout data.dvc`."
+        ) from error
+    return str(pin)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """md5 of each file below a folder, by its path in it."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "md5").hexdigest()
+            hashes[path.relative_to(folder).as_posix()] = digest
+    return hashes
+
+
+def dir_hash(hashes: dict[str, str]) -> str:
+    """The hash that DVC gives to a folder with these files."""
+    listing = [{"md5": md5, "relpath": path} for path, md5 in sorted(hashes.items())]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def pinned_hashes(root: Path, pin: str) -> dict[str, str] | None:
+    """md5 of each file of the pinned version; None where neither cache nor store has the list."""
+    name = Path("files", "md5", pin[:2], pin[2:])
+    for store in (root / ".dvc" / "cache", root / ".dvc-store"):
+        if (store / name).is_file():
+            return {row["relpath"]: row["md5"] for row in json.loads((store / name).read_bytes())}
+    return None
+
+
+def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> DataVersion:
+    """The version of the data set at `path` (data/NAME), verified against data.dvc.
+
+    Raises:
+        DataError: the path is not below data/, the folder is missing, or the files are not the
+            pinned ones and `allow_dirty` is off.
+    """
+    relative = Path(path)
+    if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] != ("data",):
+        raise DataError(
+            f"data.path: expected a folder below data/, which data.dvc tracks, got {path!r}. "
+            "Put the data set into data/NAME and run `dvc add data`."
+        )
+    if len(relative.parts) < 2:
+        raise DataError(f"data.path: expected data/NAME, got {path!r}")
+    pin = read_pin(root)
+    hashes = file_hashes(root / "data")
+    if (dirty := dir_hash(hashes) != pin) and not allow_dirty:
+        raise DataError(_how_it_differs(root, pin, hashes))
+    if not (root / relative).is_dir():
+        there = sorted({name.partition("/")[0] for name in hashes})
+        raise DataError(
+            f"There is no data set at {path}; data/ holds {', '.join(there) or 'nothing'}. "
+            "Set data.path to one of these, or add the data set and run `dvc add data`."
+        )
+    prefix = relative.relative_to("data").as_posix() + "/"
+    files = {name[len(prefix) :]: md5 for name, md5 in hashes.items() if name.startswith(prefix)}
+    return DataVersion(digest=dir_hash(files), path=path, rev=pin, files=files, dirty=dirty)
+
+
+def pull_missing(root: Path) -> bool:
+    """Fetch the files of data.dvc that are missing, and verify them; True if any was missing.
+
+    Files that are there and differ are left alone: `current_version` reports them.
+
+    Raises:
+        DataError: the remote does not have them, or what it has is damaged.
+    """
+    pin = read_pin(root)
+    hashes = file_hashes(root / "data")
+    pinned = pinned_hashes(root, pin)
+    if dir_hash(hashes) == pin or (pinned is not None and set(pinned) <= set(hashes)):
+        return False
+    if pinned is not None and any(
+        pinned.get(name) not in (None, md5) for name, md5 in hashes.items()
+    ):
+        # A pull would stop at the edited files, or discard them.
+        raise DataError(_how_it_differs(root, pin, hashes))
+    _pull(root)
+    return True
+
+
+def _pull(root: Path) -> None:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo(str(root)) as repo:
+            repo.pull(targets=["data.dvc"])
+    except (DvcException, SCMError, OSError) as error:
+        raise DataError(
+            f"Can't pull the data that data.dvc pins: {error}. Check `dvc remote list` and that "
+            "the remote can be reached, then try `dvc pull data.dvc`."
+        ) from error
+
+
+def git_state(root: Path) -> dict[str, str]:
+    """Commit and dirty flag of the code, as tags; empty outside a git repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {
+            "git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def status(root: Path) -> dict[str, Any]:
+    """What data.dvc pins and how data/ differs from it: rev, files, state, differences."""
+    pin = read_pin(root)
+    hashes = file_hashes(root / "data")
+    pinned = pinned_hashes(root, pin)
+    state = "clean" if dir_hash(hashes) == pin else "missing" if not hashes else "dirty"
+    return {
+        "rev": pin,
+        "state": state,
+        "files": hashes,
+        "differences": [] if state == "clean" else _differences(pinned, hashes),
+    }
+
+
+def _differences(pinned: dict[str, str] | None, hashes: dict[str, str]) -> list[str]:
+    if pinned is None:
+        return []
+    return [
+        *(f"missing: data/{name}" for name in sorted(set(pinned) - set(hashes))),
+        *(f"new: data/{name}" for name in sorted(set(hashes) - set(pinned))),
+        *(
+            f"changed: data/{name}"
+            for name in sorted(set(hashes) & set(pinned))
+            if hashes[name] != pinned[name]
+        ),
+    ]
+
+
+def _how_it_differs(root: Path, pin: str, hashes: dict[str, str]) -> str:
+    lines = _differences(pinned_hashes(root, pin), hashes)
+    return "\n".join(
+        [
+            f"data/ is not what data.dvc pins: expected {pin}, got {dir_hash(hashes)}.",
+            *(f"  {line}" for line in lines),
+            "To keep your edits, check them with `plumbline data check`, run `dvc add data` and "
+            "commit data.dvc. To go back, run `dvc checkout --force data.dvc`, which discards "
+            "them. To run on them as they are, pass --allow-dirty.",
+        ]
+    )

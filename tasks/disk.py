@@ -1,0 +1,41 @@
+"""Whether the disk has room for what a run will write."""
+
+import shutil
+from pathlib import Path
+
+from plumbline.errors import MachineError
+from plumbline.params.schema import Experiment, LocalModel, ScratchModel
+
+MODELS_WRITTEN = 4
+"""base_model, sft, reward_model and rl each write one."""
+SPARE = 200 * 2**20
+"""For databases, figures and prepared data, in bytes."""
+
+
+def check_room(home: Path, experiment: Experiment, root: Path) -> None:
+    """Check that the models of a run fit on the disk.
+
+    Raises:
+        MachineError: they don't.
+    """
+    needed = MODELS_WRITTEN * model_bytes(experiment, root) + SPARE
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise MachineError(
+            f"{home}: expected {needed / 2**30:.2f} GiB free for the models of this run, got "
+            f"{free / 2**30:.2f} GiB. Make room, or set PLUMBLINE_HOME to a folder on another disk."
+        )
+
+
+def model_bytes(experiment: Experiment, root: Path) -> int:
+    """Size of the base model in float32; of a hub model only the spare room is asked for."""
+    model = experiment.model
+    if isinstance(model, ScratchModel):
+        width = model.hidden_size
+        return 4 * (
+            (model.vocab_size + model.context_tokens) * width + 12 * model.layers * width**2
+        )
+    if isinstance(model, LocalModel):
+        # Weights in half precision are written in full.
+        return 2 * sum(path.stat().st_size for path in (root / model.path).glob("*.safetensors"))
+    return 0

@@ -1,0 +1,103 @@
+"""Cache keys: what a step's result depends on, and the digest of it.
+
+Imports neither Prefect nor MLflow nor torch, so that a plan needs none of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from plumbline.params.loader import flatten
+from plumbline.params.schema import StepName
+from plumbline.project import find_project
+from plumbline.refs import DataVersion, Ref, SplitRef
+
+
+class Pending(NamedTuple):
+    """Stands for an input that its own step has not made yet."""
+
+    step: str
+
+    def __getattr__(self, name: str) -> "Pending":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+class Ingredients(NamedTuple):
+    """All that a step's result depends on, each a mapping of names to values."""
+
+    params: dict[str, Any]
+    """Dotted params to their values."""
+    inputs: dict[str, str | None]
+    """Input artifacts to their digests; None where the input is pending."""
+    code: dict[str, str]
+    """Modules that the step can reach to the sha256 of their source."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input is known."""
+        return None not in self.inputs.values()
+
+
+def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
+    """Sort a step's arguments into params and inputs, and add the code it reaches."""
+    params: dict[str, Any] = {}
+    inputs: dict[str, str | None] = {}
+    for name, value in arguments.items():
+        match value:
+            case Pending():
+                inputs[name] = None
+            case DataVersion():
+                inputs |= {f"{name}/{file}": md5 for file, md5 in value.files.items()}
+            case SplitRef():
+                inputs |= {f"{name}/train": value.train.digest, f"{name}/test": value.test.digest}
+            case Ref():
+                inputs[name] = value.digest
+            case BaseModel():
+                params |= flatten(value, name)
+            case _:
+                params[name] = value
+    return Ingredients(params, inputs, code_fingerprint(f"tasks.{step}"))
+
+
+def cache_key(step: StepName, parts: Ingredients) -> str:
+    """The name of a step's result: the step, then the sha256 of what it depends on."""
+    text = json.dumps(parts._asdict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"{step}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+
+
+@cache
+def code_fingerprint(module: str) -> dict[str, str]:
+    """The source digest of each module in the import closure of `module`, inside the project.
+
+    Packages above a module count too, since importing it runs them.
+    """
+    reached = {module, *_import_graph().find_upstream_modules(module)}
+    for name in tuple(reached):
+        while "." in name:
+            name = name.rpartition(".")[0]
+            reached.add(name)
+    return {name: _source_digest(name) for name in sorted(reached)}
+
+
+@cache
+def _import_graph() -> Any:
+    import grimp
+
+    folder = find_project().home / "imports"
+    return grimp.build_graph("tasks", "plumbline", cache_dir=str(folder))
+
+
+@cache
+def _source_digest(module: str) -> str:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"no source for {module}: expected a Python file")
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

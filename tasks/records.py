@@ -1,0 +1,120 @@
+"""Reading the results of finished steps, and what each was made of, without starting anything."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlparse
+
+from plumbline.params.schema import StepName
+from plumbline.refs import (
+    DataRef,
+    EvaluationRef,
+    ModelRef,
+    PreparedData,
+    RegistrationRef,
+    StepResult,
+    file_digest,
+    folder_digest,
+)
+from tasks.keys import Ingredients
+
+RESULT_TYPES: dict[StepName, type[StepResult]] = {
+    "prepare_data": PreparedData,
+    "base_model": ModelRef,
+    "sft": ModelRef,
+    "reward_model": ModelRef,
+    "rl": ModelRef,
+    "evaluate": EvaluationRef,
+    "register": RegistrationRef,
+}
+
+MODEL_PARTS = ("model", "components")
+"""Folders of a logged model that are its content; beside them stand run ids and times."""
+
+
+class Record(NamedTuple):
+    """A finished step: its key, what it depended on, and when it was made."""
+
+    key: str
+    ingredients: Ingredients
+    made: float
+
+
+def read_result(results: Path, step: StepName, key: str) -> StepResult | None:
+    """The result stored under a key, or None where there is none that can be read.
+
+    Only JSON is read; a record that asks for another serializer is no result.
+    """
+    try:
+        record = json.loads((results / key).read_bytes())
+        if record["metadata"]["serializer"]["type"] != "json":
+            return None
+        stored = (
+            json.loads(record["result"]) if isinstance(record["result"], str) else record["result"]
+        )
+        return RESULT_TYPES[step].model_validate(stored["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(result: StepResult) -> str | None:
+    """Why a result's artifacts can't be used any more; None where they are as they were made.
+
+    Artifacts on a remote store are taken at their word.
+    """
+    if isinstance(result, PreparedData):
+        tables = (result.demonstrations, result.preferences, result.prompts, result.ratings)
+        refs = [ref for table in tables if table for ref in (table.train, table.test)]
+        return next(filter(None, map(_file_damage, refs)), None)
+    if isinstance(result, ModelRef):
+        folder = local_path(result.uri)
+        if folder is None:
+            return None
+        if not folder.is_dir():
+            return f"{folder} is gone"
+        if folder_digest(folder, MODEL_PARTS) != result.digest:
+            return f"{folder} does not match its digest"
+    return None
+
+
+def local_path(uri: str) -> Path | None:
+    """The path that a URI names on this machine, or None where it is elsewhere."""
+    parts = urlparse(uri)
+    if parts.scheme not in ("", "file"):
+        return None
+    return Path(unquote(parts.path))
+
+
+def write_ingredients(home: Path, key: str, parts: Ingredients) -> None:
+    """Keep what a key was made of, for explanations."""
+    folder = home / "ingredients"
+    folder.mkdir(exist_ok=True)
+    aside = folder / f".{key}.{os.getpid()}"
+    aside.write_text(json.dumps(parts._asdict(), sort_keys=True))
+    aside.replace(folder / f"{key}.json")
+
+
+def records(home: Path, step: StepName) -> list[Record]:
+    """The finished runs of a step, newest first."""
+    return sorted(_records(home, step), key=lambda record: record.made, reverse=True)
+
+
+def _records(home: Path, step: StepName) -> Iterator[Record]:
+    for path in (home / "ingredients").glob(f"{step}-*.json"):
+        result = home / "results" / path.stem
+        try:
+            parts: dict[str, Any] = json.loads(path.read_bytes())
+            yield Record(path.stem, Ingredients(**parts), result.stat().st_mtime)
+        except (OSError, ValueError, TypeError):
+            continue
+
+
+def _file_damage(ref: DataRef) -> str | None:
+    path = local_path(ref.uri)
+    if path is None:
+        return None
+    if not path.is_file():
+        return f"{path} is gone"
+    return None if file_digest(path) == ref.digest else f"{path} does not match its digest"

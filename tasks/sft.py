@@ -1,0 +1,53 @@
+"""Step sft: the base model learns the demonstrations."""
+
+from prefect import task
+
+from plumbline.data.rows import encode_rows, read_rows
+from plumbline.data.tokenize import ChatEncoder
+from plumbline.models.load import load_lm, load_tokenizer
+from plumbline.params.schema import SFTParams
+from plumbline.refs import ModelRef, SplitRef
+from plumbline.training.device import training_device
+from plumbline.training.sft import held_out_loss, train_sft
+from tasks import tracking
+from tasks.caching import step_options
+from tasks.progress import progress_bar
+
+
+@task(name="sft", **step_options)
+def sft(
+    params: SFTParams,
+    seed: int,
+    max_new_tokens: int,
+    base_model: ModelRef,
+    demonstrations: SplitRef,
+    run: tracking.PipelineRun,
+) -> ModelRef:
+    """Fine-tune the base model on the demonstrations."""
+    with (
+        tracking.step_run(run, "sft", {**params.model_dump(), "seed": seed}) as tracked,
+        progress_bar("sft", "rows") as progress,
+    ):
+        tokenizer = load_tokenizer(tracking.tokenizer_folder(base_model))
+        encoder = ChatEncoder(tokenizer)
+        train, test = (
+            encode_rows(read_rows(tracking.open_uri(split.uri)), encoder)
+            for split in (demonstrations.train, demonstrations.test)
+        )
+        tracked.dataset(
+            "demonstrations", demonstrations.train.digest, demonstrations.train.uri,
+            demonstrations.train.rows, "training",
+        )  # fmt: skip
+        model = load_lm(tracking.model_folder(base_model)).to(training_device())
+        train_sft(
+            model, train, params,
+            pad_token_id=encoder.pad_token_id, seed=seed, log=tracked.log, progress=progress,
+        )  # fmt: skip
+        loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)
+        return tracked.model(
+            "text-generation",
+            model,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            metrics={"sft/held_out_loss": loss},
+        )
