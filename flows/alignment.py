@@ -21,6 +21,7 @@ from tasks.data_version import current_version, git_state, pull_missing
 from tasks.evaluate import evaluate
 from tasks.keys import cache_key, ingredients
 from tasks.prepare_data import prepare_data
+from tasks.progress import quiet_libraries
 from tasks.records import damage, read_result, write_ingredients
 from tasks.register import register
 from tasks.reward_model import reward_model
@@ -54,6 +55,7 @@ def align(
         allow_dirty: Accept data that differs from data.dvc, and tag the run so.
     """
     started = time.perf_counter()
+    quiet_libraries()
     project = find_project()
     make_home(project.home)
     loaded = load_experiment(experiment, project.params, overrides or ())

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.errors import ParamsError
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.rollout.generate import sample_responses
 from tasks import tracking
@@ -18,14 +17,7 @@ def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> C
     Raises:
         ParamsError: the registry has no such model.
     """
-    try:
-        folder = tracking.open_uri(f"models:/{name}")
-    except tracking.MlflowException as error:
-        raise ParamsError(
-            f"chat: no registered model {name}; expected NAME@ALIAS or NAME/VERSION, for example "
-            "plumbline-policy@challenger. Run an experiment first: plumbline run quickstart. "
-            f"({error})"
-        ) from error
+    folder = tracking.registered_folder(name)
     model = load_lm(folder / "model").eval()
     encoder = ChatEncoder(load_tokenizer(folder / "components" / "tokenizer"))
     generator = torch.Generator().manual_seed(seed)

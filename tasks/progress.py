@@ -1,5 +1,6 @@
 """Progress of long work on the terminal: how much, how fast, how long still."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
 from plumbline.training.reporting import Progress as Report
 
@@ -34,6 +36,13 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f} {self.unit}/s" if speed else f"– {self.unit}/s", style="cyan")
+
+
+def quiet_libraries() -> None:
+    """Keep the bars and warnings of libraries off the terminal, which shows the project's own."""
+    transformers_logging.disable_progress_bar()
+    # It warns that a model card can't be fetched, for models that have none.
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def rl(
         )
         history: list[dict[str, float]] = []
 
-        def log(episode: int, metrics: Mapping[str, float]) -> None:
+        def log(step: int, metrics: Mapping[str, float]) -> None:
             history.append(dict(metrics))
-            tracked.log(episode, metrics)
+            tracked.log(step, metrics)
 
         train_rl(
             Models(policy.eval(), ref_policy.eval(), scorer.eval(), critic.eval()),

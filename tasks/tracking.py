@@ -33,6 +33,7 @@ from mlflow.types.schema import ColSpec, Schema
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plumbline.errors import ParamsError
 from plumbline.refs import ModelRef, StepResult, folder_digest
 from tasks.records import MODEL_PARTS, local_path
 
@@ -287,6 +288,22 @@ def aliased_version(name: str, alias: str) -> str | None:
 def open_uri(uri: str) -> Path:
     """The local path of an artifact, downloaded where it is not on this machine."""
     return local_path(uri) or Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+
+
+def registered_folder(name: str) -> Path:
+    """The local folder of a registered model, NAME@ALIAS or NAME/VERSION.
+
+    Raises:
+        ParamsError: the registry has no such model.
+    """
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}"))
+    except MlflowException as error:
+        raise ParamsError(
+            f"No registered model {name}: expected NAME@ALIAS or NAME/VERSION, for example "
+            "plumbline-policy@challenger. Run an experiment first: plumbline run quickstart. "
+            f"({error})"
+        ) from error
 
 
 def model_folder(model: ModelRef) -> Path:

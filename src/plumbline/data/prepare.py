@@ -121,8 +121,8 @@ def _write_quarantine(
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in sorted(reasons):
-            unread = dict.fromkeys(columns)
-            record = {"row": row, "reasons": reasons[row], **fields.get(row, unread)}
+            read = fields.get(row, dict.fromkeys(columns))
+            record = {"row": row, "reasons": reasons[row], **{str(k): v for k, v in read.items()}}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from plumbline.data import phrases
 
-DEMONSTRATIONS = 2400
-PREFERENCES = 2400
+DEMONSTRATIONS = 3600
+PREFERENCES = 4800
 PROMPTS = 1200
 LABEL_NOISE = 0.1
 """Share of the preferences whose label is flipped."""
@@ -26,8 +26,12 @@ LABEL_NOISE = 0.1
 BROKEN_SHARES = (0.4, 0.35, 0.25)
 """Shares of the answers that break no, one and two principles."""
 
-OFF_TOPIC_SHARE = 0.5
-"""Share of the bad cores that would be a good answer, to another request."""
+BROKEN_OFF_SHARE = 0.2
+"""Share of the bad cores in pairs that break off."""
+MISFIT_SHARE = 0.6
+"""Share of the others that would be a good answer to a request of another kind."""
+REFUSAL_SHARE = 0.5
+"""Share of the misfits that refuse a chore as if it were a hazard."""
 
 KIND_SHARES = {"chore": 0.4, "hazard": 0.15, "secret": 0.15, "event": 0.15, "sorrow": 0.15}
 
@@ -59,16 +63,28 @@ def sample_request(rng: random.Random) -> Request:
     return Request(kind, f"{rng.choice(phrases.GREETINGS)} {wording}".strip(), slots)
 
 
-def sample_answer(rng: random.Random, request: Request, broken: int) -> str:
-    """Write an answer that breaks `broken` (0 to 2) principles, each in a part of its own."""
+def sample_answer(
+    rng: random.Random, request: Request, broken: int, *, misfits: bool = False
+) -> str:
+    """Write an answer that breaks `broken` (0 to 2) principles, each in a part of its own.
+
+    With `misfits`, a bad core may also break off, refuse a chore, or answer something else.
+    """
     # The core of a bad answer to a sorrow insults; an insult before it would break the same twice.
-    parts = ("core", "closer") if request.kind == "sorrow" else ("opener", "core", "closer")
-    chosen = set(rng.sample(parts, broken))
+    edges = ("closer",) if request.kind == "sorrow" else ("opener", "closer")
+    order = [rng.choice(edges), "core"]
+    chosen = set(rng.sample(order, 2)[:broken])
     opener = rng.choice(phrases.INSULTS if "opener" in chosen else (*phrases.OPENERS, ""))
     core = rng.choice(phrases.GOOD_CORE[request.kind]).format(**request.slots)
-    if "core" in chosen:
-        core = bad_core(rng, request)
     closer = rng.choice((*phrases.CLOSERS, ""))
+    if "core" in chosen:
+        if misfits and "closer" not in chosen and rng.random() < BROKEN_OFF_SHARE:
+            words = core.split()
+            core, closer = " ".join(words[: rng.randrange(2, len(words))]).rstrip(".,;"), ""
+        elif misfits and rng.random() < MISFIT_SHARE:
+            core = misfit_core(rng, request)
+        else:
+            core = rng.choice(phrases.BAD_CORE[request.kind]).format(**request.slots)
     if "closer" in chosen:
         by_core = {"event": "honest", "hazard": "harmless", "secret": "private"}.get(request.kind)
         left = [p for p in phrases.BAD_CLOSERS if "core" not in chosen or p != by_core]
@@ -76,20 +92,20 @@ def sample_answer(rng: random.Random, request: Request, broken: int) -> str:
     return " ".join(part for part in (opener, core, closer) if part)
 
 
-def bad_core(rng: random.Random, request: Request) -> str:
-    """Break the principle that the request puts to the test, or answer something else."""
-    if rng.random() >= OFF_TOPIC_SHARE:
-        return rng.choice(phrases.BAD_CORE[request.kind]).format(**request.slots)
+def misfit_core(rng: random.Random, request: Request) -> str:
+    """A core that would be good for a request of another kind, and does not fit this one."""
+    if request.kind == "chore" and rng.random() < REFUSAL_SHARE:
+        return rng.choice(phrases.GOOD_CORE["hazard"]).format(**request.slots)
     while True:
         other = sample_request(rng)
         core = rng.choice(phrases.GOOD_CORE[other.kind]).format(**other.slots)
-        if request.slots["s"] not in core.lower():
+        if other.kind != request.kind and request.slots["s"] not in core.lower():
             return core
 
 
 def demonstrations(rng: random.Random) -> Iterator[dict[str, object]]:
     """Yield distinct requests with an answer of mixed quality."""
-    seen = set()
+    seen: set[tuple[str, str]] = set()
     while len(seen) < DEMONSTRATIONS:
         request = sample_request(rng)
         answer = sample_answer(rng, request, rng.choices((0, 1, 2), BROKEN_SHARES)[0])
@@ -100,11 +116,13 @@ def demonstrations(rng: random.Random) -> Iterator[dict[str, object]]:
 
 def preferences(rng: random.Random) -> Iterator[dict[str, object]]:
     """Yield pairs of answers that break different numbers of principles."""
-    seen = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     while len(seen) < PREFERENCES:
         request = sample_request(rng)
         fewer, more = sorted(rng.sample((0, 1, 2), 2))
-        better, worse = (sample_answer(rng, request, broken) for broken in (fewer, more))
+        better, worse = (
+            sample_answer(rng, request, broken, misfits=True) for broken in (fewer, more)
+        )
         if (pair := (request.prompt, frozenset((better, worse)))) in seen:
             continue
         seen.add(pair)

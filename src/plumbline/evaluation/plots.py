@@ -54,7 +54,7 @@ def reward_against_kl(history: History, title: str) -> Figure:
         distances, scores, c=[row["episode"] for row in history], cmap="viridis", s=22, zorder=2
     )
     bar = figure.colorbar(points, ax=axes, label="episodes")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.set_xlabel("√KL(policy ‖ reference), √nats a response")
     axes.set_ylabel("reward-model score")
     axes.set_title(title, fontsize=11, loc="left", color=INK)

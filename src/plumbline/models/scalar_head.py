@@ -104,5 +104,5 @@ def _final_norm_bias(model: PreTrainedModel) -> nn.Parameter | None:
     for name in ("ln_f", "final_layer_norm", "final_layernorm", "norm"):
         norm = getattr(backbone, name, None)
         if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-            return cast(nn.Parameter, norm.bias)
+            return norm.bias
     return None

@@ -216,7 +216,7 @@ def update(
     history = []
     for _ in range(params.epochs):
         order = torch.randperm(size, generator=shuffling)
-        for mini_batch in order.split(params.mini_batch_size):
+        for mini_batch in torch.split(order, params.mini_batch_size):
             history.append(_optimizer_step(models, experience, mini_batch, params, optimizer))
             scheduler.step()
     stacked = {name: [stats[name] for stats in history] for name in history[0]}
@@ -236,7 +236,7 @@ def _optimizer_step(
     num_tokens = int(experience.sequences.response_mask[mini_batch].sum())
     sums: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows in mini_batch.split(params.micro_batch_size):
+    for rows in torch.split(mini_batch, params.micro_batch_size):
         sequences = experience.sequences.rows(rows)
         mask = sequences.response_mask
         old_logprobs, old_values, advantages, returns = (

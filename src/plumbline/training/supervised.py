@@ -79,7 +79,7 @@ def fit(
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=rows,  # type: ignore[arg-type]  # any sequence will do
+            train_dataset=rows,
             data_collator=collate,
             compute_loss_func=loss,
             callbacks=[_Reporter(section, len(rows), params, log, progress)],
@@ -129,5 +129,6 @@ class _Reporter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # The last batch of an epoch is shorter than the others.
         total = self.rows * self.params.epochs
-        self.progress(min(state.global_step * self.params.batch_size, total), total)
+        self.progress(round(total * state.global_step / state.max_steps), total)

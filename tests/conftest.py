@@ -1,0 +1,239 @@
+"""A small project with real DVC data, a real Prefect server, and the command line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = {"demonstrations": 240, "preferences": 240, "prompts": 120}
+SECONDS_A_COMMAND = 180
+OURS = ("PLUMBLINE_", "PREFECT_", "MLFLOW_", "DVC_")
+
+TINY = """\
+description: Every step in a few seconds.
+data:
+  test_fraction: 0.2
+  max_prompt_tokens: 56
+  max_response_tokens: 104
+model:
+  source: scratch
+  vocab_size: 400
+  context_tokens: 160
+  hidden_size: 32
+  layers: 1
+  heads: 2
+sft:
+  epochs: 1
+reward_model:
+  epochs: 1
+rl:
+  episodes: 32
+  rollout_batch_size: 16
+  mini_batch_size: 8
+  micro_batch_size: 8
+  epochs: 1
+  kl_coef: 0.05
+  response_tokens: 24
+evaluate:
+  max_prompts: 16
+  bootstrap_samples: 100
+  gold: plumbline.evaluation.principles:gold_score
+"""
+
+
+class SmallProject:
+    """A project's folder with the one for its generated files, and its commands."""
+
+    def __init__(self, root: Path, home: Path, prefect_api: str | None = None) -> None:
+        self.root = root
+        self.home = home
+        self.prefect_api = prefect_api
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data" / "sample"
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        text = (self.data / f"{table}.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def write_rows(self, table: str, rows: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.data / f"{table}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def dvc(self, *arguments: str) -> None:
+        """Run DVC here; it is expected to work."""
+        _execute(sys.executable, "-m", "dvc", *arguments, "--quiet", cwd=self.root)
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """As it is here, but with nothing that points elsewhere."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+        api = {"PREFECT_API_URL": self.prefect_api} if self.prefect_api else {}
+        # As wide as a terminal never is: no message is broken where a test looks for its words.
+        return {**kept, **api, "COLUMNS": "500", "PLUMBLINE_HOME": str(self.home), **changes}
+
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """Start `plumbline ARGUMENTS` as a user would, and do not wait for it."""
+        return subprocess.Popen(
+            [Path(sys.executable).with_name("plumbline"), *arguments],
+            cwd=self.root,
+            env=self.environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def cli(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `plumbline ARGUMENTS` as a user would."""
+        with self.start(*arguments, **env) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=SECONDS_A_COMMAND)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def result(self, command: str, *arguments: str) -> dict[str, Any]:
+        """Run `plumbline COMMAND tiny ARGUMENTS`, which must work; returns what --json wrote."""
+        file = self.root / f"{command}.json"
+        done = self.cli(command, "tiny", "--json", str(file), *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        value: dict[str, Any] = json.loads(file.read_bytes())
+        file.unlink()
+        return value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests generate in this process stays out of the checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMBLINE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def _execute(*command: str | Path, cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="session")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
+    from plumbline.data import sample
+
+    root = tmp_path_factory.mktemp("template") / "project"
+    (root / "params").mkdir(parents=True)
+    (root / "params" / "tiny.yaml").write_text(TINY)
+    (root / ".gitignore").write_text("/data\n/.plumbline/\n")
+    project = SmallProject(root, root / ".plumbline")
+    project.data.mkdir(parents=True)
+    for table, count in ROWS.items():
+        rows = getattr(sample, table)(random.Random(table))
+        project.write_rows(table, list(islice(rows, count)))
+    _execute("git", "init", "--quiet", "--initial-branch=main", cwd=root)
+    project.dvc("init")
+    shutil.copyfile(ROOT / ".dvc" / "config", root / ".dvc" / "config")
+    project.dvc("add", "data")
+    project.dvc("push")
+    _execute("git", "add", "--all", cwd=root)
+    settings = ("user.name=Test", "user.email=test@localhost", "commit.gpgsign=false")
+    options = [part for setting in settings for part in ("-c", setting)]
+    _execute("git", *options, "commit", "--quiet", "-m", "A small project", cwd=root)
+    return project
+
+
+@pytest.fixture(scope="session")
+def make_project(
+    _template: SmallProject, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., SmallProject]:
+    """Makes a fresh project, with a folder for generated files of its own unless one is given."""
+
+    def make(home: Path | None = None, prefect_api: str | None = None) -> SmallProject:
+        root = tmp_path_factory.mktemp("small") / "project"
+        shutil.copytree(_template.root, root, symlinks=True)
+        return SmallProject(root, home or root / ".plumbline", prefect_api)
+
+    return make
+
+
+@pytest.fixture
+def project(make_project: Callable[..., SmallProject]) -> SmallProject:
+    """A fresh project, for commands that stop before a server is needed."""
+    return make_project()
+
+
+@pytest.fixture
+def served_project(make_project: Callable[..., SmallProject], prefect_api: str) -> SmallProject:
+    """A fresh project whose runs go to the session's Prefect server."""
+    return make_project(prefect_api=prefect_api)
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API of a Prefect server of its own, on a free port of this machine."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    api = f"http://127.0.0.1:{port}/api"
+    command = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    env = SmallProject(home, home).environment(
+        PREFECT_HOME=str(home), PREFECT_SERVER_ANALYTICS_ENABLED="false"
+    )
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *command],
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            _wait_for_health(api, server, home / "server.log")
+            yield api
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def _wait_for_health(api: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{api}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"the Prefect server did not start: {log.read_text()[-3000:]}")
+
+
+class Trained(NamedTuple):
+    """A project that has run once, and what `run --json` wrote."""
+
+    project: SmallProject
+    first: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def trained(make_project: Callable[..., SmallProject], prefect_api: str) -> Trained:
+    """A project whose experiment has run once; tests leave its data and its results as they are."""
+    project = make_project(prefect_api=prefect_api)
+    return Trained(project, project.result("run"))

@@ -1,0 +1,139 @@
+"""Log-probs, entropies, values and scores of a padded batch against each sequence alone."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from plumbline.rollout.experience import (
+    Sequences,
+    pad_columns,
+    response_logprobs,
+    response_values,
+    score_sequences,
+)
+from plumbline.rollout.generate import Responses
+
+PAD, EOS = 0, 1
+QUERIES = [[7, 9, 250], [8], [44, EOS, 5, 30, 61, 12], [99, 3]]
+ANSWERS = [[12, 40, EOS], [200], [17, EOS], [5, 77, 140, 63, 29]]
+
+
+def as_responses(answers: list[list[int]], pad: int = PAD) -> Responses:
+    width = max(map(len, answers))
+    return Responses(
+        torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers]),
+        torch.tensor([[t < len(answer) for t in range(width)] for answer in answers]),
+        torch.tensor([answer[-1] == EOS for answer in answers]),
+    )
+
+
+@pytest.fixture(params=[PAD, EOS])
+def joined(request: pytest.FixtureRequest) -> Sequences:
+    return Sequences.join(QUERIES, as_responses(ANSWERS, request.param), request.param)
+
+
+def test_queries_are_padded_left_and_responses_right() -> None:
+    joined = Sequences.join([[7, 9], [8]], as_responses([[12, EOS], [5]]), PAD)
+    assert joined.ids.tolist() == [[7, 9, 12, EOS], [PAD, 8, 5, PAD]]
+    assert joined.mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]]
+    assert joined.response_mask.tolist() == [[1, 1], [1, 0]]
+    assert joined.response_ids.tolist() == [[12, EOS], [5, PAD]]
+
+
+def test_rows_drop_the_columns_that_pad_them_all(joined: Sequences) -> None:
+    part = joined.rows(torch.tensor([1, 0]))
+    pad = int(joined.ids[1, 0])
+    assert part.ids.tolist() == [[pad, pad, 8, 200, pad, pad], [7, 9, 250, 12, 40, EOS]]
+    assert part.mask.tolist() == [[0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]
+    assert part.response_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert part.response_ids.tolist() == [[200, pad, pad], [12, 40, EOS]]
+
+
+def test_rows_of_everything_change_nothing(joined: Sequences) -> None:
+    for ours, theirs in zip(joined.rows(slice(0, 4)), joined, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def naive_logprobs(
+    model: PreTrainedModel, query: list[int], answer: list[int], temperature: float
+) -> tuple[list[float], list[float]]:
+    """Log-prob and entropy of each token of the answer, from the unpadded sequence."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*query, *answer]])).logits[0].double()
+    logp = torch.log_softmax(logits / temperature, -1)
+    at = [len(query) - 1 + t for t in range(len(answer))]
+    chosen = [float(logp[place, token]) for place, token in zip(at, answer, strict=True)]
+    return chosen, [float(-(logp[place].exp() * logp[place]).sum()) for place in at]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_padding_changes_no_logprob_and_no_entropy(
+    lm: PreTrainedModel, joined: Sequences, temperature: float
+) -> None:
+    with torch.no_grad():
+        logprobs, uncertainty = response_logprobs(lm, joined, temperature)
+    for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
+        chosen, entropies = naive_logprobs(lm, query, answer, temperature)
+        assert logprobs[row, : len(answer)].tolist() == pytest.approx(chosen, abs=1e-5)
+        assert uncertainty[row, : len(answer)].tolist() == pytest.approx(entropies, abs=1e-5)
+
+
+def test_a_micro_batch_has_the_logprobs_of_the_whole(
+    lm: PreTrainedModel, joined: Sequences
+) -> None:
+    with torch.no_grad():
+        whole = response_logprobs(lm, joined, 1.0)[0]
+        part = joined.rows(torch.tensor([2, 0]))
+        few = response_logprobs(lm, part, 1.0)[0]
+    torch.testing.assert_close(
+        few[part.response_mask], whole[[2, 0], :3][part.response_mask], atol=1e-5, rtol=0
+    )
+
+
+def test_the_policy_learns_from_logprobs_and_not_from_entropies(
+    lm: PreTrainedModel, joined: Sequences
+) -> None:
+    logprobs, uncertainty = response_logprobs(lm, joined, 1.0)
+    assert logprobs.requires_grad
+    assert not uncertainty.requires_grad
+
+
+def naive_value(model: PreTrainedModel, sequence: list[int]) -> float:
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
+    return float(hidden @ model.score.weight[0])
+
+
+def test_a_value_is_read_before_its_token(scorer: PreTrainedModel, joined: Sequences) -> None:
+    values = response_values(scorer, joined)
+    assert values.shape == joined.response_mask.shape
+    for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
+        expected = [naive_value(scorer, [*query, *answer[:t]]) for t in range(len(answer))]
+        assert values[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_score_is_read_at_the_last_real_token(
+    scorer: PreTrainedModel, joined: Sequences, batch_size: int
+) -> None:
+    scores = score_sequences(scorer, joined, batch_size)
+    expected = [naive_value(scorer, [*q, *a]) for q, a in zip(QUERIES, ANSWERS, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+    assert not scores.requires_grad
+
+
+def test_scores_follow_the_order_of_the_sequences(
+    scorer: PreTrainedModel, joined: Sequences
+) -> None:
+    order = torch.tensor([3, 1, 0, 2])
+    torch.testing.assert_close(
+        score_sequences(scorer, joined.rows(order), 2),
+        score_sequences(scorer, joined, 2)[order],
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_micro_batches_of_different_widths_are_stacked() -> None:
+    parts = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])]
+    assert pad_columns(parts, 3).tolist() == [[1, 0, 0], [2, 0, 0], [3, 4, 0]]

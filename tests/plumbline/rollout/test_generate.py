@@ -1,0 +1,188 @@
+"""Sampling: what is drawn, from which distribution, and where a response ends."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, PreTrainedModel
+
+from plumbline.rollout.generate import Responses, sample_responses
+
+PAD, EOS = 0, 1
+
+
+def draw(
+    model: Any,
+    queries: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    eos: int = EOS,
+    pad: int = PAD,
+) -> Responses:
+    return sample_responses(
+        model,
+        queries,
+        max_tokens=max_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+class Scripted:
+    """Says the tokens of a script, one column a call, and remembers what it was given."""
+
+    device = torch.device("cpu")
+    config = GPT2Config(n_layer=1)
+
+    def __init__(self, script: list[list[int]]) -> None:
+        self.script = torch.tensor(script)
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, **inputs: Any) -> SimpleNamespace:
+        column = self.script[:, len(self.calls)]
+        self.calls.append(
+            {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+        )
+        logits = torch.nn.functional.one_hot(column, 10).float() * 1e4
+        return SimpleNamespace(logits=logits.unsqueeze(1))
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_a_response_ends_with_its_first_end_token(pad: int) -> None:
+    model = Scripted([[5, EOS, 7, 7], [6, 7, 8, EOS], [EOS, 5, 5, EOS], [9, 9, 9, 9]])
+    responses = draw(model, [[3], [3], [3], [3]], max_tokens=4, pad=pad)
+    assert responses.ids.tolist() == [
+        [5, EOS, pad, pad],
+        [6, 7, 8, EOS],
+        [EOS, pad, pad, pad],
+        [9, 9, 9, 9],
+    ]
+    assert responses.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert responses.has_eos.tolist() == [True, True, True, False]
+    assert responses.lists() == [[5, EOS], [6, 7, 8, EOS], [EOS], [9, 9, 9, 9]]
+
+
+def test_a_pad_token_that_is_said_counts() -> None:
+    responses = draw(Scripted([[5, PAD, EOS]]), [[3]], max_tokens=3)
+    assert responses.lists() == [[5, PAD, EOS]]
+
+
+def test_sampling_stops_when_all_have_ended() -> None:
+    model = Scripted([[5, EOS, 7, 7, 7], [EOS, 7, 7, 7, 7]])
+    responses = draw(model, [[3], [3]], max_tokens=5)
+    assert len(model.calls) == 2
+    assert responses.ids.shape == (2, 2)
+
+
+def test_sampling_stops_at_the_limit() -> None:
+    model = Scripted([[5, 6, 7, 8]])
+    responses = draw(model, [[3]], max_tokens=3)
+    assert (responses.lists(), responses.has_eos.tolist()) == ([[5, 6, 7]], [False])
+
+
+def test_the_model_sees_positions_and_masks_of_real_tokens() -> None:
+    model = Scripted([[5, 6, 7], [6, 7, 8]])
+    draw(model, [[3, 4, 3], [4]], max_tokens=3)
+    positions = [call["position_ids"].tolist() for call in model.calls]
+    assert positions == [[[0, 1, 2], [0, 0, 0]], [[3], [1]], [[4], [2]]]
+    masks = [call["attention_mask"].tolist() for call in model.calls]
+    assert masks == [[[1] * (3 + t), [0, 0] + [1] * (1 + t)] for t in range(3)]
+    inputs = [call["input_ids"].tolist() for call in model.calls]
+    assert inputs == [[[3, 4, 3], [PAD, PAD, 4]], [[5], [6]], [[6], [7]]]
+
+
+def greedy(model: PreTrainedModel, query: list[int], max_tokens: int) -> list[int]:
+    """The likeliest continuation, without batch, padding or cache."""
+    ids = list(query)
+    for _ in range(max_tokens):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == EOS:
+            break
+    return ids[len(query) :]
+
+
+def test_a_batch_of_queries_is_answered_as_each_alone(
+    lm: PreTrainedModel, sequences: list[list[int]]
+) -> None:
+    # At a temperature near 0 sampling is greedy, so that nothing is left to chance.
+    responses = draw(lm, sequences, max_tokens=12, temperature=1e-6)
+    expected = [greedy(lm, sequence, 12) for sequence in sequences]
+    assert responses.lists() == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_tokens_come_from_the_softmax_of_the_scaled_logits(
+    lm: PreTrainedModel, temperature: float
+) -> None:
+    query, count = [7, 30], 20_000
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([query])).logits[0, -1].double()
+    expected = torch.softmax(logits / temperature, -1) * count
+    tokens = torch.cat(
+        [
+            draw(lm, [query] * 4000, max_tokens=1, temperature=temperature, seed=seed).ids[:, 0]
+            for seed in range(5)
+        ]
+    )
+    observed = torch.bincount(tokens, minlength=300).double()
+    # Tokens expected less than 5 times are counted together, as Pearson's test asks.
+    rare = expected < 5
+    groups = [(observed[~rare], expected[~rare])]
+    if rare.any():
+        groups.append((observed[rare].sum()[None], expected[rare].sum()[None]))
+    chi2 = sum(float(((o - e).square() / e).sum()) for o, e in groups)
+    freedom = int((~rare).sum()) + int(rare.any()) - 1
+    assert freedom > 50
+    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+    assert int((observed > 0).sum()) >= 0.95 * int((expected > 3).sum()), "tokens were cut off"
+    assert float(observed[rare].sum()) == pytest.approx(
+        float(expected[rare].sum()), abs=5 * max(float(expected[rare].sum()), 1) ** 0.5
+    )
+
+
+def test_later_tokens_follow_the_softmax_too(lm: PreTrainedModel) -> None:
+    # Two tokens deep: the joint share of each pair is the product of both softmaxes.
+    queries = [[7, 30, 11], [9]]
+    responses = draw(lm, queries * 6000, max_tokens=2, temperature=0.4)
+    for row, query in enumerate(queries):
+        pairs = responses.ids[row::2]
+        with torch.no_grad():
+            first = torch.softmax(lm(input_ids=torch.tensor([query])).logits[0, -1] / 0.4, -1)
+            token = int(first.argmax())
+            logits = lm(input_ids=torch.tensor([[*query, token]])).logits[0, -1]
+        second = torch.softmax(logits / 0.4, -1)
+        for other in second.topk(3).indices.tolist():
+            share = float(first[token] * second[other])
+            seen = ((pairs[:, 0] == token) & (pairs[:, 1] == other)).float().mean()
+            assert abs(float(seen) - share) < 5 * (share * (1 - share) / 6000) ** 0.5 + 1e-3
+
+
+def test_the_generator_alone_decides(lm: PreTrainedModel, sequences: list[list[int]]) -> None:
+    first = draw(lm, sequences, max_tokens=5, seed=1)
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    again, other = (draw(lm, sequences, max_tokens=5, seed=seed) for seed in (1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.lists() == again.lists() != other.lists()
+
+
+def test_a_query_that_ends_in_the_end_token_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"query 1 ends in the end token 1; expected a prompt"):
+        draw(Scripted([[5], [5]]), [[3], [3, EOS]], max_tokens=1)
+
+
+def test_an_end_token_inside_a_query_is_fine() -> None:
+    assert draw(Scripted([[5]]), [[3, EOS, 4]], max_tokens=1).lists() == [[5]]
+
+
+def test_sampling_leaves_no_graph(lm: PreTrainedModel) -> None:
+    assert not draw(lm, [[3]], max_tokens=2).ids.requires_grad
