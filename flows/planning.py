@@ -97,8 +97,7 @@ def _could_equal(parts: Ingredients, other: Ingredients) -> bool:
     return (
         parts.params == other.params
         and parts.code == other.code
-        and parts.inputs.keys() == other.inputs.keys()
-        and all(v is None or v == other.inputs[k] for k, v in parts.inputs.items())
+        and all(v == other.inputs.get(k) for k, v in parts.inputs.items() if v is not None)
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -33,7 +34,7 @@ from mlflow.types.schema import ColSpec, Schema
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumbline.errors import ParamsError
+from plumbline.errors import ParamsError, TrainingError
 from plumbline.refs import ModelRef, StepResult, folder_digest
 from tasks.records import MODEL_PARTS, local_path
 
@@ -144,9 +145,18 @@ class StepRun:
         logged = _client().create_logged_model(
             self.experiment_id, name=self.step, source_run_id=self.run_id, model_type=kind
         )
-        with _model_folder(logged.artifact_location, logged.model_id) as folder:
-            _save_model(folder, logged, kind, model, tokenizer, max_new_tokens)
-            digest = folder_digest(folder, MODEL_PARTS)
+        try:
+            with _model_folder(logged.artifact_location, logged.model_id) as folder:
+                _save_model(folder, logged, kind, model, tokenizer, max_new_tokens)
+                digest = folder_digest(folder, MODEL_PARTS)
+        except BaseException as error:
+            _discard_model(logged)
+            if isinstance(error, OSError) or "No space" in str(error):
+                raise TrainingError(
+                    f"{self.step}: can't write the model to {logged.artifact_location} ({error}). "
+                    "Make room, then run again: finished steps come from the cache."
+                ) from error
+            raise
         _client().finalize_logged_model(logged.model_id, "READY")
         _client().log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
         self.finals(metrics)
@@ -351,6 +361,14 @@ def _model_folder(location: str, model_id: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder, "model")
         _client().log_model_artifacts(model_id, str(Path(folder, "model")))
+
+
+def _discard_model(logged: Any) -> None:
+    """Leave nothing of a model that was written in part."""
+    _client().finalize_logged_model(logged.model_id, "FAILED")
+    path = local_path(logged.artifact_location)
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _save_model(

@@ -18,4 +18,4 @@ class MachineError(PlumblineError):
 
 
 class TrainingError(PlumblineError):
-    """A training step cannot go on, for example because a loss is not finite (exit code 1)."""
+    """A step cannot go on: a loss is not finite, the disk is full (exit code 1)."""

@@ -21,7 +21,10 @@ FILES = ("demonstrations", "preferences", "prompts")
 
 def read(folder: Path) -> Tables:
     return {
-        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").split("\n")[:-1]]
+        name: [
+            json.loads(line)
+            for line in (folder / f"{name}.jsonl").read_text("utf-8").split("\n")[:-1]
+        ]
         for name in FILES
     }
 
@@ -134,15 +137,15 @@ def test_demonstrations_are_of_mixed_quality(tables: Tables, as_prompt: AsPrompt
         assert abs(scores.count(score) / len(rows) - share) < 0.06
 
 
+@pytest.mark.parametrize("misfits", [False, True])
 @pytest.mark.parametrize("broken", [0, 1, 2])
-@pytest.mark.parametrize("kind", sorted(sample.KIND_SHARES))
 def test_an_answer_breaks_exactly_as_many_principles_as_asked(
-    kind: str, broken: int, as_prompt: AsPrompt
+    broken: int, misfits: bool, as_prompt: AsPrompt
 ) -> None:
-    rng = random.Random(f"{kind}/{broken}")
-    for _ in range(300):
-        request = sample.sample_request(rng, kind)
-        answer = sample.sample_answer(rng, request, broken)
+    rng = random.Random(broken)
+    for _ in range(1500):
+        request = sample.sample_request(rng)
+        answer = sample.sample_answer(rng, request, broken, misfits=misfits)
         kept = principles(as_prompt(request.prompt), answer)
         assert kept.count(False) == broken, (request.prompt, answer, kept)
 

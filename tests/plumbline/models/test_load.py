@@ -50,9 +50,7 @@ def test_a_scratch_model_has_the_shape_of_the_params(tokenizer: PreTrainedTokeni
 
 
 def test_the_seed_decides_the_weights(tokenizer: PreTrainedTokenizerBase) -> None:
-    first, again, other = (
-        build_scratch_model(SCRATCH, tokenizer, seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (build_scratch_model(SCRATCH, tokenizer, seed) for seed in (0, 0, 1))
     assert same(first, again)
     assert not same(first, other)
 
@@ -119,9 +117,7 @@ def test_a_saved_model_comes_back_in_float32(
     assert load_lm(tmp_path).dtype == torch.float32
 
 
-def test_a_saved_tokenizer_comes_back(
-    lm_folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_saved_tokenizer_comes_back(lm_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = load_tokenizer(lm_folder)
     assert loaded("fold the sheet")["input_ids"] == tokenizer("fold the sheet")["input_ids"]
     assert loaded.chat_template == tokenizer.chat_template

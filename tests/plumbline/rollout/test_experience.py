@@ -101,7 +101,7 @@ def test_the_policy_learns_from_logprobs_and_not_from_entropies(
 def naive_value(model: PreTrainedModel, sequence: list[int]) -> float:
     with torch.no_grad():
         hidden = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
-    return float(hidden @ model.score.weight[0])
+        return float(hidden @ model.score.weight[0])
 
 
 def test_a_value_is_read_before_its_token(scorer: PreTrainedModel, joined: Sequences) -> None:

@@ -47,9 +47,7 @@ class Scripted:
 
     def __call__(self, **inputs: Any) -> SimpleNamespace:
         column = self.script[:, len(self.calls)]
-        self.calls.append(
-            {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-        )
+        self.calls.append({k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)})
         logits = torch.nn.functional.one_hot(column, 10).float() * 1e4
         return SimpleNamespace(logits=logits.unsqueeze(1))
 

@@ -1,0 +1,173 @@
+"""Reward-model training: pairs, margins, accumulation, and normalising on demonstrations."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plumbline.errors import TrainingError
+from plumbline.params.schema import RewardModelParams
+from plumbline.training.reporting import ignore_progress
+from plumbline.training.reward_model import (
+    normalise_on,
+    score_pairs,
+    score_texts,
+    train_reward_model,
+)
+
+PAD, EOS = 0, 1
+# The chosen responses hold token 200, the rejected ones 201; 14 pairs, so that the last of the
+# batches of 8 is short.
+ROWS: list[dict[str, Any]] = [
+    {
+        "prompt": [3, *range(10 + row, 12 + row + row % 4), EOS, 4],
+        "chosen": [*range(40 + row, 41 + row + (row * 5) % 9), 200, EOS],
+        "rejected": [*range(60 + row, 61 + row + (row * 7) % 5), 201, EOS],
+    }
+    for row in range(14)
+]
+DEMONSTRATIONS = [[*row["prompt"], *row["chosen"]] for row in ROWS]
+
+
+def rm_params(**changes: Any) -> RewardModelParams:
+    defaults: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_fraction": 0.0,
+    }
+    return RewardModelParams(**{**defaults, **changes})
+
+
+def train(
+    model: PreTrainedModel,
+    params: RewardModelParams,
+    rows: list[dict[str, Any]] = ROWS,
+    seed: int = 0,
+    pad: int = PAD,
+) -> list[Mapping[str, float]]:
+    history: list[Mapping[str, float]] = []
+    train_reward_model(
+        model, rows, params, pad_token_id=pad, seed=seed,
+        log=lambda _, metrics: history.append(metrics), progress=ignore_progress,
+    )  # fmt: skip
+    return history
+
+
+def weights(model: PreTrainedModel) -> Tensor:
+    return torch.cat([weight.detach().cpu().flatten() for weight in model.parameters()])
+
+
+def naive_score(model: PreTrainedModel, sequence: list[int]) -> float:
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
+        return float(hidden @ model.score.weight[0])
+
+
+def naive_loss(model: PreTrainedModel, margin: float, centering: float) -> float:
+    terms = []
+    for row in ROWS:
+        chosen, rejected = (
+            naive_score(model, [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")
+        )
+        probability = 1 / (1 + math.exp(-(chosen - rejected - margin)))
+        terms.append(-math.log(probability) + centering * (chosen + rejected) ** 2)
+    return math.fsum(terms) / len(terms)
+
+
+def test_the_model_learns_what_is_preferred(scorer: PreTrainedModel) -> None:
+    train(scorer, rm_params(epochs=15))
+    scores = score_pairs(scorer, ROWS, 5, PAD)
+    assert bool((scores.chosen > scores.rejected).all())
+    assert not scorer.training
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (0.8, 0.0), (0.0, 0.05)])
+def test_the_first_logged_loss_is_the_pairwise_loss(
+    scorer: PreTrainedModel, margin: float, centering: float
+) -> None:
+    # Ten steps on all rows at a rate that moves nothing: the mean of ten equal losses.
+    expected = naive_loss(scorer, margin, centering)
+    params = rm_params(
+        epochs=10, batch_size=14, micro_batch_size=7, learning_rate=1e-12, centering=centering
+    )
+    rows = [{**row, "margin": margin} for row in ROWS] if margin else ROWS
+    history = train(scorer, params, rows)
+    assert history[0]["reward_model/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_micro_batches_leave_the_training_the_same(scorer: PreTrainedModel) -> None:
+    trained = {}
+    for size in (8, 4, 2):
+        model = copy.deepcopy(scorer)
+        train(model, rm_params(micro_batch_size=size, learning_rate=5e-4))
+        trained[size] = weights(model)
+    assert float((trained[8] - weights(scorer)).abs().max()) > 5e-4
+    for size in (4, 2):
+        torch.testing.assert_close(trained[size], trained[8], atol=1e-6, rtol=0)
+
+
+def test_the_pad_token_does_not_matter(scorer: PreTrainedModel) -> None:
+    other = copy.deepcopy(scorer)
+    train(scorer, rm_params())
+    train(other, rm_params(), pad=EOS)
+    torch.testing.assert_close(weights(scorer), weights(other), atol=1e-6, rtol=0)
+
+
+def test_the_seed_decides_every_bit(scorer: PreTrainedModel) -> None:
+    trained = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(scorer)
+        train(model, rm_params(), seed=seed)
+        trained.append(weights(model))
+    assert torch.equal(trained[0], trained[1])
+    assert not torch.equal(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 14])
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_scores_of_pairs_are_those_of_each_sequence_alone(
+    scorer: PreTrainedModel, batch_size: int, pad: int
+) -> None:
+    scores = score_pairs(scorer, ROWS, batch_size, pad)
+    for side in ("chosen", "rejected"):
+        expected = [naive_score(scorer, [*row["prompt"], *row[side]]) for row in ROWS]
+        assert getattr(scores, side).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_demonstrations_get_mean_0(scorer: PreTrainedModel) -> None:
+    before = score_texts(scorer, DEMONSTRATIONS, 4, PAD)
+    metrics = normalise_on(scorer, DEMONSTRATIONS, rm_params(normalize="mean"), PAD)
+    after = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
+    torch.testing.assert_close(after, before - before.mean(), atol=1e-4, rtol=0)
+    assert metrics == pytest.approx(
+        {
+            "reward_model/raw_mean": float(before.mean()),
+            "reward_model/raw_std": float(before.std()),
+            "reward_model/normalised_mean": 0.0,
+            "reward_model/normalised_std": float(before.std()),
+        },
+        abs=1e-4,
+    )
+
+
+def test_demonstrations_get_std_1_where_asked(scorer: PreTrainedModel) -> None:
+    metrics = normalise_on(scorer, DEMONSTRATIONS, rm_params(normalize="mean_std"), PAD)
+    after = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
+    assert float(after.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(after.std()) == pytest.approx(1, abs=1e-4)
+    assert metrics["reward_model/normalised_std"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(scorer: PreTrainedModel) -> None:
+    with torch.no_grad():
+        scorer.score.weight[0, 0] = math.nan
+    with pytest.raises(TrainingError, match=r"reward_model: .*lower reward_model\.learning_rate"):
+        train(scorer, rm_params(epochs=6))
