@@ -215,7 +215,8 @@ def test_all_failures_come_together(project, complaint):
 def test_the_report_has_them_all_where_the_message_has_the_first(project, check):
     rows = project.rows("demonstrations")
     project.write_rows(
-        "demonstrations", [{**row, "response": " "} for row in rows[:50]] + rows[50:]
+        "demonstrations",
+        [{**row, "response": f"{i}\x00"} for i, row in enumerate(rows[:50])] + rows[50:],
     )
 
     with pytest.raises(InvalidData) as error:

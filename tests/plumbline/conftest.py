@@ -1,6 +1,7 @@
 """A tiny GPT-2 and its tokenizer, as models in memory and as folders."""
 
 import copy
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,12 @@ TEXTS = (
     "Please tell me how to fold a napkin. Fold it in half, and then fold it in half again.",
     "Why is the sky blue? The air scatters blue light more than it scatters red light.",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_collections() -> None:
+    """Each training collects garbage; what the imports left behind need not be searched again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

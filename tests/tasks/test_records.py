@@ -41,7 +41,14 @@ def as_prefect_writes(result: StepResult, serializer: str = "json") -> dict[str,
         "metadata": {
             "storage_key": "results/sft-1",
             "expiration": None,
-            "serializer": {"type": serializer, "jsonlib": "json"},
+            "serializer": {
+                "type": serializer,
+                "jsonlib": "json",
+                "object_encoder": "prefect.serializers.prefect_json_object_encoder",
+                "object_decoder": "prefect.serializers.prefect_json_object_decoder",
+                "dumps_kwargs": {},
+                "loads_kwargs": {},
+            },
             "prefect_version": "3.8.8",
             "storage_block_id": None,
         },
@@ -92,6 +99,25 @@ def test_a_missing_record_is_no_result(tmp_path):
 @pytest.mark.parametrize("serializer", ["pickle", "compressed/json", ""])
 def test_a_record_of_another_serializer_is_no_result(tmp_path, model, serializer):
     (tmp_path / KEY).write_text(json.dumps(as_prefect_writes(model, serializer)))
+
+    assert read_result(tmp_path, "sft", KEY) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"object_decoder": "os.system"}, {"jsonlib": "pickle"}], ids=str
+)
+def test_a_record_that_names_code_to_read_it_with_is_no_result(tmp_path, model, change):
+    record = as_prefect_writes(model)
+    record["metadata"]["serializer"] |= change
+    (tmp_path / KEY).write_text(json.dumps(record))
+
+    assert read_result(tmp_path, "sft", KEY) is None
+
+
+def test_a_record_that_names_a_class_of_its_own_is_no_result(tmp_path, model):
+    record = as_prefect_writes(model)
+    record["result"] = record["result"].replace("plumbline.refs.ModelRef", "subprocess.Popen")
+    (tmp_path / KEY).write_text(json.dumps(record))
 
     assert read_result(tmp_path, "sft", KEY) is None
 
@@ -175,6 +201,16 @@ def test_a_deleted_evaluation_is_damage(tmp_path):
     assert damage(result) is None
     path.unlink()
     assert damage(result) == f"{path} is gone"
+
+
+def test_a_deleted_figure_is_damage(tmp_path, model):
+    figure = tmp_path / "curves.png"
+    figure.write_bytes(b"")
+    result = model.model_copy(update={"figures": {"curves.png": figure.as_uri()}})
+
+    assert damage(result) is None
+    figure.unlink()
+    assert damage(result) == f"{figure} is gone"
 
 
 def test_a_model_on_another_machine_is_taken_at_its_word(model):

@@ -83,7 +83,11 @@ class ChatEncoder:
 
     def responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Encode each response and close it with the end token."""
-        return [[*ids, self.eos_token_id] for ids in self._encode(responses)]
+        if not responses:
+            return []
+        # A response that quotes a special token means its letters.
+        ids = self.tokenizer(list(responses), add_special_tokens=False, split_special_tokens=True)
+        return [[*row, self.eos_token_id] for row in ids["input_ids"]]
 
     def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, the chat template included."""

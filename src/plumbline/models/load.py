@@ -99,12 +99,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+DROPOUT_RATES = {
+    "dropout",
+    "layerdrop",
+    "activation_dropout",
+    "attention_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "hidden_dropout",
+    "classifier_dropout",
+}
+
+
 def no_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Switch dropout off for good: it would make the ratio of the first update differ from 1."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        # Many architectures keep the rate as a number of the module and call F.dropout with it.
+        for name in DROPOUT_RATES & vars(module).keys():
+            setattr(module, name, 0.0)
+    for name in DROPOUT_RATES:
         if hasattr(model.config, name):
             setattr(model.config, name, 0.0)
     return model

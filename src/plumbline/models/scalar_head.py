@@ -90,13 +90,12 @@ def normalise_scores(model: PreTrainedModel, mean: float, std: float = 1.0) -> N
     head = score_head(model)
     with torch.no_grad():
         head.weight.div_(std)
-        shift = (mean - score_shift(model)) / std + score_shift(model) / std
         bias = _final_norm_bias(model)
         if bias is None:
-            model.config.score_shift = shift
+            model.config.score_shift = (score_shift(model) + mean) / std
         else:
             weight = head.weight[0]
-            bias.sub_(shift * weight / weight.square().sum())
+            bias.sub_(mean / std * weight / weight.square().sum())
 
 
 def _final_norm_bias(model: PreTrainedModel) -> nn.Parameter | None:

@@ -77,7 +77,7 @@ def train_rl(
     iterations = params.episodes // params.rollout_batch_size
     updates = iterations * params.epochs * (params.rollout_batch_size // params.mini_batch_size)
     scheduler = get_scheduler(
-        params.schedule,
+        "constant_with_warmup" if params.schedule == "constant" else params.schedule,
         optimizer,
         num_warmup_steps=round(params.warmup_fraction * updates),
         num_training_steps=updates,
@@ -105,6 +105,7 @@ def train_rl(
             models, sequences, responses, params, controller.value
         )
         scored = time.perf_counter()
+        learning_rate = scheduler.get_last_lr()[0]
         # 3. Take the epochs of PPO on them.
         metrics |= update(models, experience, params, optimizer, scheduler, shuffling)
         updated = time.perf_counter()
@@ -114,7 +115,7 @@ def train_rl(
         episode = iteration * params.rollout_batch_size
         metrics |= {
             "episode": episode,
-            "lr": scheduler.get_last_lr()[0],
+            "lr": learning_rate,
             "perf/episodes_per_s": len(batch) / (updated - started),
             "perf/tokens_per_s": float(sequences.mask.sum()) / (updated - started),
             "time/rollout_s": sampled - started,
@@ -183,7 +184,7 @@ def make_experience(
     kl_a_response = masked_sum(kl, mask, 1)
     metrics = {
         "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
+        "objective/scores_std": scores.std(correction=0),
         "objective/kl": kl_a_response.mean(),
         "objective/kl_coef": torch.tensor(kl_coef),
         "objective/entropy": masked_sum(-logprobs, mask, 1).mean(),

@@ -46,7 +46,8 @@ def fit(
         collate: rows to a batch.
         params: batches, epochs, learning rate.
         section: the params section, for messages and metric names.
-        loss: (outputs, labels, labels that count in the mini-batch) to a scalar.
+        loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
+            scalar.
         seed: of the shuffles.
         log: called with the optimizer step and its metrics.
         progress: called with rows done and rows in all.
@@ -54,6 +55,7 @@ def fit(
     Raises:
         TrainingError: the loss is not finite.
     """
+    steps = params.epochs * math.ceil(len(rows) / params.batch_size)
     with tempfile.TemporaryDirectory() as unused:
         arguments = TrainingArguments(
             output_dir=unused,
@@ -61,8 +63,10 @@ def fit(
             gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
             num_train_epochs=params.epochs,
             learning_rate=params.learning_rate,
-            lr_scheduler_type=params.schedule,
-            warmup_steps=params.warmup_fraction,
+            lr_scheduler_type=(
+                "constant_with_warmup" if params.schedule == "constant" else params.schedule
+            ),
+            warmup_steps=math.ceil(params.warmup_fraction * steps),
             weight_decay=params.weight_decay,
             max_grad_norm=params.max_grad_norm,
             adam_epsilon=1e-5,
@@ -129,6 +133,8 @@ class _Reporter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # The last steps count, too, and a training may be shorter than one interval.
+        control.should_log |= state.global_step == state.max_steps
         # The last batch of an epoch is shorter than the others.
         total = self.rows * self.params.epochs
         self.progress(round(total * state.global_step / state.max_steps), total)
