@@ -156,6 +156,10 @@ def _warn_if_damaged(step: StepName, result: StepResult) -> bool:
     from rich.console import Console
 
     why = damage(result)
+    if isinstance(result, RegistrationRef) and not tracking.version_exists(
+        result.name, result.version
+    ):
+        why = f"version {result.version} of {result.name} is gone from the registry"
     if why:
         Console(stderr=True).print(f"[yellow]{step}: {why}; the step runs again[/yellow]")
     return why is not None

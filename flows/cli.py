@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.environment import prepare_environment
 from plumbline.errors import DataError, MachineError, ParamsError, PlumblineError
@@ -90,6 +91,7 @@ def plan(
         from plumbline.params.loader import load_experiment
         from tasks.data_version import current_version, pull_missing
 
+        make_home(project.home)
         loaded = load_experiment(experiment, project.params, overrides)
         pull_missing(project.root)
         data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
@@ -100,7 +102,7 @@ def plan(
         table = Table("step", "action", "because", box=None, pad_edge=False)
         colours = {"run": "yellow", "cached": "green", "unknown": "cyan"}
         for name, step in planned.items():
-            table.add_row(name, f"[{colours[step.action]}]{step.action}[/]", step.because)
+            table.add_row(name, Text(step.action, colours[step.action]), Text(step.because))
         out.print(table)
 
 
@@ -112,7 +114,9 @@ def experiments() -> None:
 
         table = Table("experiment", "description", box=None, pad_edge=False)
         for item in list_experiments(_project().params):
-            table.add_row(item.name, f"[red]{item.error}[/red]" if item.error else item.description)
+            table.add_row(
+                item.name, Text(item.error or item.description, "red" if item.error else "")
+            )
         out.print(table)
 
 
@@ -130,6 +134,7 @@ def chat(
         _project()
         err.print("[dim]loading …[/dim]")
         from flows.chatting import open_chat
+        from flows.closing import plain
 
         answer = open_chat(model, temperature=temperature, max_tokens=max_tokens, seed=seed)
         while True:
@@ -139,7 +144,7 @@ def chat(
                 break
             if not text:
                 break
-            out.print(f"[bold]{model}[/bold]> {answer(text)}", markup=True, highlight=False)
+            out.print(Text.assemble((f"{model}> ", "bold"), plain(answer(text))))
 
 
 @data_app.command("check")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.environment import database_uri
 from flows.reports import headline
@@ -34,18 +35,27 @@ def show_summary(console: Console, project: Project, summary: RunSummary) -> Non
 
 
 def ui_commands(project: Project) -> dict[str, str]:
-    """The commands that open the UIs on this project's runs."""
-    mlflow_uri = os.environ.get("MLFLOW_TRACKING_URI", database_uri(project.home))
+    """How to open the UIs on this project's runs: a command, or the address of a running server."""
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", database_uri(project.home))
     prefect_home = os.environ.get("PREFECT_HOME", str(project.home / "prefect"))
-    commands = {
-        "MLflow (http://127.0.0.1:5000)": mlflow_uri
-        if mlflow_uri.startswith("http")
-        else "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 "
-        f"--backend-store-uri {mlflow_uri}",
-        "Prefect (http://127.0.0.1:4200)": os.environ.get("PREFECT_API_URL")
-        or f"PREFECT_HOME={prefect_home} PREFECT_UI_API_URL=/api .venv/bin/prefect server start",
+    prefect_api = os.environ.get("PREFECT_API_URL")
+    mlflow_command = (
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 "
+        f"--backend-store-uri {tracking}   → http://127.0.0.1:5000"
+    )
+    prefect_command = (
+        f"PREFECT_HOME={prefect_home} PREFECT_UI_API_URL=/api .venv/bin/prefect server start"
+        "   → http://127.0.0.1:4200"
+    )
+    return {
+        "MLflow": tracking if tracking.startswith("http") else mlflow_command,
+        "Prefect": prefect_api.removesuffix("/api") if prefect_api else prefect_command,
     }
-    return commands
+
+
+def plain(text: str) -> Text:
+    """What a model said, as it is: no markup, and no control character that the terminal obeys."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
 
 
 def _samples(summary: RunSummary) -> Table:
@@ -59,9 +69,9 @@ def _samples(summary: RunSummary) -> Table:
     step = max(1, len(better) // SHOWN_SAMPLES)
     for row in better[::step][:SHOWN_SAMPLES]:
         table.add_row(
-            str(row["prompt"]),
-            f"{row['sft']}\n[dim]score {row['sft_score']:.2f}[/dim]",
-            f"{row['policy']}\n[dim]score {row['policy_score']:.2f}[/dim]",
+            plain(str(row["prompt"])),
+            Text.assemble(plain(row["sft"]), (f"\nscore {row['sft_score']:.2f}", "dim")),
+            Text.assemble(plain(row["policy"]), (f"\nscore {row['policy_score']:.2f}", "dim")),
         )
     return table
 

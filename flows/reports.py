@@ -47,12 +47,15 @@ def markdown(summary: RunSummary) -> str:
     lines += ["", "![curves](curves.png)", "", "![reward against KL](reward-kl.png)", ""]
     lines += ["| prompt | SFT | policy |", "|---|---|---|"]
     lines += [
-        "| "
-        + " | ".join(str(row[key]).replace("|", "\\|") for key in ("prompt", "sft", "policy"))
-        + " |"
+        "| " + " | ".join(_cell(row[key]) for key in ("prompt", "sft", "policy")) + " |"
         for row in summary.samples
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: object) -> str:
+    """A text in a cell of a Markdown table."""
+    return str(text).replace("|", "\\|").replace("\n", "<br>")
 
 
 def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:

@@ -114,7 +114,7 @@ def _pull(root: Path) -> None:
 
     try:
         with Repo(str(root)) as repo:
-            repo.pull(targets=["data.dvc"])
+            repo.pull(targets=[str(root / "data.dvc")])
     except (DvcException, SCMError, OSError) as error:
         raise DataError(
             f"Can't pull the data that data.dvc pins: {error}. Check `dvc remote list` and that "

@@ -9,7 +9,6 @@ from urllib.parse import unquote, urlparse
 
 from plumbline.params.schema import StepName
 from plumbline.refs import (
-    DataRef,
     EvaluationRef,
     ModelRef,
     PreparedData,
@@ -30,6 +29,16 @@ RESULT_TYPES: dict[StepName, type[StepResult]] = {
     "register": RegistrationRef,
 }
 
+SERIALIZER = {
+    "type": "json",
+    "jsonlib": "json",
+    "object_encoder": "prefect.serializers.prefect_json_object_encoder",
+    "object_decoder": "prefect.serializers.prefect_json_object_decoder",
+    "dumps_kwargs": {},
+    "loads_kwargs": {},
+}
+"""What Prefect notes of its JSON serializer in each record."""
+
 MODEL_PARTS = ("model", "components")
 """Folders of a logged model that are its content; beside them stand run ids and times."""
 
@@ -45,16 +54,20 @@ class Record(NamedTuple):
 def read_result(results: Path, step: StepName, key: str) -> StepResult | None:
     """The result stored under a key, or None where there is none that can be read.
 
-    Only JSON is read; a record that asks for another serializer is no result.
+    Only JSON is read; a record that asks for another serializer, decoder or class is no result,
+    since Prefect would import and call what it names.
     """
     try:
         record = json.loads((results / key).read_bytes())
-        if record["metadata"]["serializer"]["type"] != "json":
+        serializer = record["metadata"]["serializer"]
+        if any(serializer.get(name, value) != value for name, value in SERIALIZER.items()):
             return None
-        stored = (
-            json.loads(record["result"]) if isinstance(record["result"], str) else record["result"]
-        )
-        return RESULT_TYPES[step].model_validate(stored["data"])
+        stored = record["result"]
+        stored = json.loads(stored) if isinstance(stored, str) else stored
+        made = RESULT_TYPES[step]
+        if stored["__class__"] != f"{made.__module__}.{made.__name__}":
+            return None
+        return made.model_validate(stored["data"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -64,19 +77,16 @@ def damage(result: StepResult) -> str | None:
 
     Artifacts on a remote store are taken at their word.
     """
-    if isinstance(result, PreparedData):
-        tables = (result.demonstrations, result.preferences, result.prompts, result.ratings)
-        refs = [ref for table in tables if table for ref in (table.train, table.test)]
-        return next(filter(None, map(_file_damage, refs)), None)
-    if isinstance(result, ModelRef):
-        folder = local_path(result.uri)
-        if folder is None:
-            return None
-        if not folder.is_dir():
-            return f"{folder} is gone"
-        if folder_digest(folder, MODEL_PARTS) != result.digest:
-            return f"{folder} does not match its digest"
-    return None
+    match result:
+        case PreparedData():
+            tables = (result.demonstrations, result.preferences, result.prompts, result.ratings)
+            refs = [ref for table in tables if table for ref in (table.train, table.test)]
+            broken = next(filter(None, (_file_damage(ref.uri, ref.digest) for ref in refs)), None)
+        case EvaluationRef():
+            broken = _file_damage(result.uri, result.digest)
+        case _:
+            broken = _model_damage(result.uri, result.digest)
+    return broken or next(filter(None, map(_absence, result.figures.values())), None)
 
 
 def local_path(uri: str) -> Path | None:
@@ -111,10 +121,22 @@ def _records(home: Path, step: StepName) -> Iterator[Record]:
             continue
 
 
-def _file_damage(ref: DataRef) -> str | None:
-    path = local_path(ref.uri)
-    if path is None:
-        return None
-    if not path.is_file():
-        return f"{path} is gone"
-    return None if file_digest(path) == ref.digest else f"{path} does not match its digest"
+def _file_damage(uri: str, digest: str) -> str | None:
+    path = local_path(uri)
+    if path is None or not path.is_file():
+        return _absence(uri)
+    return None if file_digest(path) == digest else f"{path} does not match its digest"
+
+
+def _model_damage(uri: str, digest: str) -> str | None:
+    folder = local_path(uri)
+    if folder is None or not folder.is_dir():
+        return _absence(uri)
+    if folder_digest(folder, MODEL_PARTS) != digest:
+        return f"{folder} does not match its digest"
+    return None
+
+
+def _absence(uri: str) -> str | None:
+    path = local_path(uri)
+    return None if path is None or path.exists() else f"{path} is gone"

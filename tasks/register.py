@@ -27,7 +27,7 @@ def register(
         version = tracking.register_model(params.name, policy, tags)
         return RegistrationRef(
             digest=policy.digest,
-            uri=f"models:/{params.name}/{version}",
+            uri=policy.uri,
             mlflow_run_id=tracked.run_id,
             seconds=tracked.seconds,
             name=params.name,

@@ -287,14 +287,6 @@ def version_exists(name: str, version_number: str) -> bool:
         return False
 
 
-def aliased_version(name: str, alias: str) -> str | None:
-    """The version that an alias names, or None."""
-    try:
-        return str(_client().get_model_version_by_alias(name, alias).version)
-    except MlflowException:
-        return None
-
-
 def open_uri(uri: str) -> Path:
     """The local path of an artifact, downloaded where it is not on this machine."""
     return local_path(uri) or Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))

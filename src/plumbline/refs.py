@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -91,16 +90,3 @@ def folder_digest(folder: Path, parts: tuple[str, ...] = ("",)) -> str:
         f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files
     )
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def canonical(value: Any) -> Any:
-    """A value as plain JSON, where a ref stands for itself by its digest alone."""
-    match value:
-        case Ref():
-            return value.digest
-        case SplitRef():
-            return {"train": value.train.digest, "test": value.test.digest}
-        case BaseModel():
-            return value.model_dump(mode="json")
-        case _:
-            return value
