@@ -318,7 +318,7 @@ def check_context(experiment: Experiment, context_tokens: int) -> None:
     needed = experiment.data.max_prompt_tokens + response
     if needed > context_tokens:
         raise ValueError(
-            "prompt and response must fit model.context_tokens: expected data.max_prompt_tokens + "
+            "prompt and response must fit the model's context: expected data.max_prompt_tokens + "
             "max(data.max_response_tokens, rl.response_tokens) <= "
             f"{context_tokens}, got {experiment.data.max_prompt_tokens} + {response} = {needed}"
         )
