@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+# Two threads on matrices of 32 columns only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"demonstrations": 240, "preferences": 240, "prompts": 120}
 SECONDS_A_COMMAND = 180
