@@ -43,6 +43,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     # It warns that a model card can't be fetched, for models that have none.
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 @contextmanager
