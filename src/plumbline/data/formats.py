@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import total_ordering
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plumbline.data.values import CONVERTERS, Cell, Fault, decoded, excerpt, turns_of
 from plumbline.errors import DataError
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -28,7 +29,6 @@ TABLES: dict[str, tuple[str, ...]] = {
 OPTIONAL_TABLES = frozenset({"ratings"})
 OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {"preferences": ("margin", "clean")}
 SUFFIXES = (".jsonl", ".parquet", ".csv")
-ROLES = ("system", "user", "assistant")
 DTYPES = {"margin": "float64", "clean": "boolean", "label": "boolean"}
 """Column types in the canonical frame; every other field is text (`str`)."""
 
@@ -51,10 +51,6 @@ class Failure:
 
     def _sort_key(self) -> tuple[str, int, str, str, str]:
         return (self.file, self.row or 0, self.field or "", self.reason, self.value)
-
-
-class _Fault(Exception):
-    """A value that cannot be brought into canonical form; the message is the reason."""
 
 
 def find_table(folder: Path, table: str) -> Path | None:
@@ -89,7 +85,7 @@ def read_table(path: Path, table: str) -> tuple[pd.DataFrame, list[Failure]]:
         else:
             content = path.read_bytes()
             if not content.strip():
-                raise _Fault("empty file")
+                raise Fault("empty file")
             read = _read_csv if path.suffix == ".csv" else _read_jsonl
             columns, records = read(content, path.name, failures)
     except FileNotFoundError:
@@ -97,7 +93,7 @@ def read_table(path: Path, table: str) -> tuple[pd.DataFrame, list[Failure]]:
     except OSError as error:
         reason = f"unreadable file: {error.strerror or error}"
         return _frame([], table, set(), path.name), [Failure(path.name, None, None, reason)]
-    except _Fault as fault:
+    except Fault as fault:
         failures.append(Failure(path.name, None, None, str(fault)))
         return _frame([], table, set(), path.name), failures
 
@@ -112,23 +108,6 @@ def read_table(path: Path, table: str) -> tuple[pd.DataFrame, list[Failure]]:
         )
     rows = [_canonical_row(record, table, columns, path.name, failures) for record in records]
     return _frame(rows, table, columns, path.name), failures
-
-
-def conversation(prompt: str) -> list[dict[str, str]]:
-    """The messages of a canonical prompt: `[{"role": …, "content": …}, …]`."""
-    messages: list[dict[str, str]] = json.loads(prompt)
-    return messages
-
-
-def excerpt(value: object, centre: int = 0, width: int = 60) -> str:
-    """At most `width` characters of a value around `centre`, with unprintable ones escaped."""
-    text = value if isinstance(value, str) else "" if value is None else repr(value)
-    start = max(0, min(centre - width // 2, len(text) - width))
-    window = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text[start : start + width]
-    )
-    return f"{'…' if start else ''}{window}{'…' if start + width < len(text) else ''}"
 
 
 # The three formats: each gives the column names and (row, values) records.
@@ -179,9 +158,9 @@ def _read_csv(content: bytes, file: str, failures: list[Failure]) -> tuple[set[s
             if header is None:
                 header = [name.strip() for name in cells]
                 if bad:
-                    raise _Fault(f"not UTF-8 (byte {bad[0]}, in the header)")
+                    raise Fault(f"not UTF-8 (byte {bad[0]}, in the header)")
                 if len(set(header)) != len(header):
-                    raise _Fault("a column appears more than once in the header")
+                    raise Fault("a column appears more than once in the header")
                 continue
             row += 1
             if bad:
@@ -190,7 +169,7 @@ def _read_csv(content: bytes, file: str, failures: list[Failure]) -> tuple[set[s
                 reason = f"expected {len(header)} cells, got {len(cells)}"
                 failures.append(Failure(file, row, None, reason, excerpt(",".join(cells))))
             else:
-                records.append((row, dict(zip(header, map(_Cell, cells), strict=True))))
+                records.append((row, dict(zip(header, map(Cell, cells), strict=True))))
     except csv.Error as error:
         # The reader cannot find its way back into the file, so the rows below are not looked at.
         failures.append(Failure(file, row + 1, None, f"malformed csv ({error})"))
@@ -201,7 +180,7 @@ def _read_parquet(
     path: Path, known: set[str], failures: list[Failure]
 ) -> tuple[set[str], list[Record]]:
     if path.stat().st_size == 0:
-        raise _Fault("empty file")
+        raise Fault("empty file")
     try:
         with pq.ParquetFile(path) as file:
             columns = set(file.schema_arrow.names)
@@ -210,9 +189,9 @@ def _read_parquet(
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise _Fault(f"unreadable parquet: {error}") from error
+        raise Fault(f"unreadable parquet: {error}") from error
     if len(set(table.column_names)) != len(table.column_names):
-        raise _Fault("unreadable parquet: a column appears more than once")
+        raise Fault("unreadable parquet: a column appears more than once")
     values: dict[str, list[Any]] = {}
     for name in table.column_names:
         try:
@@ -231,10 +210,6 @@ def _read_parquet(
         for index in range(rows)
         if index not in broken
     ]
-
-
-class _Cell(str):
-    """The text of a csv cell, which may stand for a number, a bool or chat messages."""
 
 
 @dataclass(frozen=True)
@@ -269,9 +244,6 @@ def _escaped_offsets(text: str) -> Iterator[int]:
         yield offset
 
 
-# From a value as the file has it to the canonical one; a `_Fault` says why it cannot be done.
-
-
 def _canonical_row(
     record: Record, table: str, columns: set[str], file: str, failures: list[Failure]
 ) -> tuple[Any, ...]:
@@ -285,8 +257,8 @@ def _canonical_row(
         if field in columns:
             raw = values.get(field)
             try:
-                value = _CONVERTERS[field](raw)
-            except _Fault as fault:
+                value = CONVERTERS[field](raw)
+            except Fault as fault:
                 # The one message column has been reported under its own name.
                 if raw is not _REPORTED:
                     failures.append(Failure(file, row, field, str(fault), excerpt(raw)))
@@ -309,136 +281,15 @@ def _split_messages(
     """Give a whole conversation the columns `prompt` and `response`."""
     raw = values.get("messages")
     try:
-        turns = _turns(_decoded(raw))
+        turns = turns_of(decoded(raw))
         if turns[-1]["role"] != "assistant":
-            raise _Fault("last turn is not the assistant's")
+            raise Fault("last turn is not the assistant's")
         if len(turns) < 2 or turns[-2]["role"] != "user":
-            raise _Fault("no user turn right before the assistant's last turn")
-    except _Fault as fault:
+            raise Fault("no user turn right before the assistant's last turn")
+    except Fault as fault:
         failures.append(Failure(file, row, "messages", str(fault), excerpt(raw)))
         return {**values, "prompt": _REPORTED, "response": _REPORTED}
     return {**values, "prompt": turns[:-1], "response": turns[-1:]}
-
-
-def _decoded(value: Any) -> Any:
-    """Chat messages in a csv cell are JSON text; anything else is returned as it is."""
-    if isinstance(value, _Cell) and value.startswith("[{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise _Fault(f"malformed JSON in chat messages ({error})") from error
-    return value
-
-
-def _turns(value: Any) -> list[dict[str, str]]:
-    if value is None:
-        raise _Fault("missing value")
-    if not isinstance(value, list) or not value:
-        raise _Fault(f"expected text or chat messages, got {_kind(value)}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict) or turn.get("role") is None or "content" not in turn:
-            raise _Fault('expected each message to be {"role": …, "content": …}')
-        if turn["role"] not in ROLES:
-            raise _Fault(f"unknown role {excerpt(turn['role'])!r}, expected {', '.join(ROLES)}")
-        if not isinstance(turn["content"], str):
-            raise _Fault(
-                f"expected the content of a message to be text, got {_kind(turn['content'])}"
-            )
-        turns.append({"role": turn["role"], "content": _unicode(turn["content"])})
-    return turns
-
-
-def _prompt(value: Any) -> str:
-    value = _decoded(value)
-    if isinstance(value, str):
-        return _encode([{"role": "user", "content": _unicode(value)}])
-    turns = _turns(value)
-    if turns[-1]["role"] != "user":
-        raise _Fault("last turn is not the user's")
-    return _encode(turns)
-
-
-def _response(value: Any) -> str:
-    value = _decoded(value)
-    if isinstance(value, str):
-        return _unicode(value)
-    turns = _turns(value)
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise _Fault(f"expected text or one assistant message, got {len(turns)} message(s)")
-    return turns[0]["content"]
-
-
-def _is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, _Cell) and not value.strip())
-
-
-def _margin(value: Any) -> float:
-    if _is_absent(value):
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float | _Cell):
-        raise _Fault(f"expected a number, got {_kind(value)}")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError) as error:
-        raise _Fault("expected a number") from error
-    if number != number:
-        raise _Fault("expected a number, got NaN")
-    return number
-
-
-def _bool(value: Any) -> bool:
-    if _is_absent(value):
-        raise _Fault("missing value")
-    if isinstance(value, _Cell):
-        value = _BOOLS.get(value.strip().lower(), value)
-    # True == 1 and False == 0, so this takes both spellings and nothing else.
-    if not isinstance(value, int | float) or value not in (0, 1):
-        raise _Fault("expected true, false, 1 or 0")
-    return bool(value)
-
-
-_BOOLS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def _clean(value: Any) -> bool:
-    return True if _is_absent(value) else _bool(value)
-
-
-def _split(value: Any) -> str | None:
-    if _is_absent(value):
-        return None
-    if value not in ("train", "test"):
-        raise _Fault('expected "train" or "test"')
-    return str(value)
-
-
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _prompt,
-    "response": _response,
-    "chosen": _response,
-    "rejected": _response,
-    "margin": _margin,
-    "clean": _clean,
-    "label": _bool,
-    "split": _split,
-}
-
-
-def _unicode(text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise _Fault("not valid Unicode (a lone surrogate)") from error
-    return str(text)
-
-
-def _kind(value: Any) -> str:
-    return "an empty list" if value == [] else type(value).__name__
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _fields(table: str, columns: set[str]) -> tuple[str, ...]:

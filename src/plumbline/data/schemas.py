@@ -13,7 +13,8 @@ import pandera.pandas as pa
 import pyarrow as arrow
 import pyarrow.compute as pc
 
-from plumbline.data.formats import TABLES, conversation
+from plumbline.data.formats import TABLES
+from plumbline.data.values import conversation
 
 # C0 and C1 controls and DEL, without tab and line feed.
 CONTROL_CHARACTERS = r"[\x00-\x08\x0B-\x1F\x7F-\x9F]"

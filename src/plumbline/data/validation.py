@@ -14,8 +14,6 @@ from plumbline.data.formats import (
     SUFFIXES,
     TABLES,
     Failure,
-    conversation,
-    excerpt,
     find_table,
     read_table,
 )
@@ -27,6 +25,7 @@ from plumbline.data.schemas import (
     with_findings,
 )
 from plumbline.data.splits import prompt_id, split_of
+from plumbline.data.values import conversation, excerpt
 from plumbline.errors import DataError
 
 REPORT_LIMIT = 20

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plumbline.data.formats import Failure, conversation, excerpt, find_table, read_table
+from plumbline.data.formats import Failure, find_table, read_table
+from plumbline.data.values import conversation, excerpt
 from plumbline.errors import DataError
 
 HELLO = '[{"role":"user","content":"Hello"}]'

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from plumbline.data.formats import Failure, conversation
+from plumbline.data.formats import Failure
 from plumbline.data.validation import (
     InvalidData,
     Limits,
@@ -17,6 +17,7 @@ from plumbline.data.validation import (
     read_dataset,
     validate,
 )
+from plumbline.data.values import conversation
 from plumbline.errors import DataError
 
 COUNT = 40
