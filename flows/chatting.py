@@ -9,6 +9,7 @@ from plumbline.data.tokenize import ChatEncoder
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.rollout.generate import sample_responses
 from tasks import tracking
+from tasks.progress import quiet_libraries
 
 
 def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> Callable[[str], str]:
@@ -17,6 +18,7 @@ def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> C
     Raises:
         ParamsError: the registry has no such model.
     """
+    quiet_libraries()
     folder = tracking.registered_folder(name)
     model = load_lm(folder / "model").eval()
     encoder = ChatEncoder(load_tokenizer(folder / "components" / "tokenizer"))
