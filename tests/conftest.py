@@ -99,6 +99,8 @@ class SmallProject:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell that runs the tests in the background makes its children deaf to SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def cli(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
