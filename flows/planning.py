@@ -78,7 +78,7 @@ def _changes(old: Ingredients, new: Ingredients) -> list[str]:
     for name in sorted({*old.params, *new.params}):
         before, after = old.params.get(name), new.params.get(name)
         if before != after:
-            changes.append(f"{name.removeprefix('params.')}: {before} → {after}")
+            changes.append(f"{name}: {before} → {after}")
     for name in sorted({*old.inputs, *new.inputs}):
         before, after = old.inputs.get(name), new.inputs.get(name)
         if after is None and name in new.inputs:

@@ -18,6 +18,13 @@ from plumbline.params.schema import StepName
 from plumbline.project import find_project
 from plumbline.refs import DataVersion, Ref, SplitRef
 
+SECTIONS: dict[StepName, str] = {
+    "prepare_data": "data",
+    "base_model": "model",
+    "register": "registry",
+}
+"""The params section of a step, where it is not called like the step."""
+
 
 class Pending(NamedTuple):
     """Stands for an input that its own step has not made yet."""
@@ -61,7 +68,9 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
             case Ref():
                 inputs[name] = value.digest
             case BaseModel():
-                params |= flatten(value, name)
+                # A step's own section under the name that the user knows it by.
+                section = SECTIONS.get(step, step)
+                params |= flatten(value, section if name == "params" else name)
             case _:
                 params[name] = value
     return Ingredients(params, inputs, code_fingerprint(f"tasks.{step}"))

@@ -329,7 +329,7 @@ def test_the_plan_says_what_a_change_touches_and_why(changed):
         "evaluate": "unknown",
         "register": "unknown",
     }
-    assert changed["plan"]["rl"]["because"] == "kl_coef: 0.05 → 0.2"
+    assert changed["plan"]["rl"]["because"] == "rl.kl_coef: 0.05 → 0.2"
     assert "rl" in changed["plan"]["evaluate"]["because"]
 
 

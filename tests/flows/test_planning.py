@@ -11,7 +11,7 @@ from tasks.keys import Ingredients
 from tasks.records import Record
 
 OLD = Ingredients(
-    {"params.kl_coef": 0.05, "params.epochs": 4, "seed": 0},
+    {"rl.kl_coef": 0.05, "rl.epochs": 4, "seed": 0},
     {"sft": "a" * 64, "reward_model": "b" * 64},
     {"tasks.rl": "1", "plumbline.losses.policy": "2"},
 )
@@ -30,9 +30,9 @@ def test_a_step_without_a_past_never_ran():
 
 
 def test_a_changed_param_is_named_with_both_values():
-    new = changed(params={"params.kl_coef": 0.2})
+    new = changed(params={"rl.kl_coef": 0.2})
 
-    assert explain(new, [record(OLD)]) == "kl_coef: 0.05 → 0.2"
+    assert explain(new, [record(OLD)]) == "rl.kl_coef: 0.05 → 0.2"
 
 
 def test_a_changed_input_is_named_with_both_digests():
@@ -54,27 +54,25 @@ def test_changed_code_is_named_by_module():
 
 
 def test_a_param_that_came_or_went_is_a_change():
-    without = OLD._replace(params={k: v for k, v in OLD.params.items() if k != "params.epochs"})
+    without = OLD._replace(params={k: v for k, v in OLD.params.items() if k != "rl.epochs"})
 
-    assert explain(without, [record(OLD)]) == "epochs: 4 → None"
-    assert explain(OLD, [record(without)]) == "epochs: None → 4"
+    assert explain(without, [record(OLD)]) == "rl.epochs: 4 → None"
+    assert explain(OLD, [record(without)]) == "rl.epochs: None → 4"
 
 
 def test_of_many_changes_three_are_shown_and_the_rest_counted():
-    new = changed(
-        params={"params.kl_coef": 0.2, "params.epochs": 5, "seed": 1}, inputs={"sft": "c" * 64}
-    )
+    new = changed(params={"rl.kl_coef": 0.2, "rl.epochs": 5, "seed": 1}, inputs={"sft": "c" * 64})
 
     assert explain(new, [record(OLD)]) == (
-        "epochs: 4 → 5; kl_coef: 0.05 → 0.2; seed: 0 → 1; and 1 more"
+        "rl.epochs: 4 → 5; rl.kl_coef: 0.05 → 0.2; seed: 0 → 1; and 1 more"
     )
 
 
 def test_the_most_similar_past_is_compared():
-    far = changed(params={"params.kl_coef": 0.9, "seed": 9})
-    new = changed(params={"params.kl_coef": 0.2})
+    far = changed(params={"rl.kl_coef": 0.9, "seed": 9})
+    new = changed(params={"rl.kl_coef": 0.2})
 
-    assert explain(new, [record(far, 2.0), record(OLD, 1.0)]) == "kl_coef: 0.05 → 0.2"
+    assert explain(new, [record(far, 2.0), record(OLD, 1.0)]) == "rl.kl_coef: 0.05 → 0.2"
 
 
 def test_without_a_change_the_result_must_be_gone():

@@ -99,9 +99,9 @@ def test_a_number_that_is_not_finite_has_no_key():
 def test_params_become_dotted_values():
     parts = ingredients("sft", {"params": SFTParams(epochs=7), "seed": 3})
 
-    assert parts.params["params.epochs"] == 7
+    assert parts.params["sft.epochs"] == 7
     assert parts.params["seed"] == 3
-    assert set(parts.params) == {"seed", *(f"params.{name}" for name in SFTParams.model_fields)}
+    assert set(parts.params) == {"seed", *(f"sft.{name}" for name in SFTParams.model_fields)}
     assert parts.inputs == {}
 
 
