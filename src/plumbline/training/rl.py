@@ -257,7 +257,7 @@ def _optimizer_step(
         loss_value, value = value_loss(
             values, old_values, returns, mask, params.cliprange_value, num_tokens
         )
-        (loss_policy + params.value_coef * loss_value).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss_policy + params.value_coef * loss_value)
         for name, part in {
             "loss/policy_avg": loss_policy.detach(),
             "loss/value_avg": loss_value.detach(),
