@@ -24,7 +24,7 @@ def _base_model(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.model,
         "seed": p.seed,
-        "max_new_tokens": p.rl.response_tokens,
+        "max_new_tokens": p.sampling.response_tokens,
         "demonstrations": r["prepare_data"].demonstrations.train if scratch else None,
     }
 
@@ -33,7 +33,7 @@ def _sft(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.sft,
         "seed": p.seed,
-        "max_new_tokens": p.rl.response_tokens,
+        "max_new_tokens": p.sampling.response_tokens,
         "base_model": r["base_model"],
         "demonstrations": r["prepare_data"].demonstrations,
     }
@@ -63,8 +63,8 @@ def _evaluate(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.evaluate,
         "seed": p.seed,
-        "max_tokens": p.rl.response_tokens,
-        "temperature": p.rl.temperature,
+        "max_tokens": p.sampling.response_tokens,
+        "temperature": p.sampling.temperature,
         "sft": r["sft"],
         "reward_model": r["reward_model"],
         "policy": r["rl"],

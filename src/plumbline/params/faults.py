@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from plumbline.params.fields import catalogue, join_words
-from plumbline.params.tree import Node, show
+from plumbline.params.tree import Node, find, show
 
 _EXPECTED_OF_FIELD = frozenset(
     {
@@ -90,7 +90,7 @@ def _unknown(path: tuple[str, ...], choice: str | None) -> str:
 
 def _wrong_tag(path: tuple[str, ...], tree: Node) -> str:
     field = catalogue().field(".".join(path))
-    node = _find(tree, path)
+    node = find(tree, path)
     got = show(node.value) if node else "nothing"
     return f"expected {field.expected if field else 'a valid choice'}, got {got}"
 
@@ -108,13 +108,6 @@ def _without_tag(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], str | Non
     return path, None
 
 
-def _find(tree: Node, path: tuple[str, ...]) -> Node | None:
-    node: Node | None = tree
-    for name in path:
-        node = node.children.get(name) if node else None
-    return node
-
-
 def _origin(tree: Node, path: tuple[str, ...]) -> str:
     """Return where the value was written, or else the section that should hold it."""
     node = tree
@@ -127,7 +120,7 @@ def _origin(tree: Node, path: tuple[str, ...]) -> str:
 
 def _origins_named(tree: Node, path: tuple[str, ...], message: str) -> str:
     """Return where the keys that the message names below `path` were written."""
-    section = _find(tree, path)
+    section = find(tree, path)
     named = [
         origin
         for key, origin in (_leaves(section, "") if section else [])

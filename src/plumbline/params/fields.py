@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -33,6 +33,8 @@ class Catalogue:
     fields: tuple[FieldDoc, ...]
     sections: tuple[str, ...]
     discriminators: Mapping[str, str]
+    conditions: Mapping[str, Mapping[str, Sequence[object]]]
+    """Keys that act only where other keys have one of these values."""
 
     def field(self, key: str, choice: str | None = None) -> FieldDoc | None:
         """Return the field of that key, of the given choice where the key depends on one."""
@@ -80,6 +82,7 @@ def catalogue() -> Catalogue:
         fields=tuple(row for row in rows if isinstance(row, FieldDoc)),
         sections=tuple(row[0] for row in rows if isinstance(row, tuple)),
         discriminators={row[0]: row[1] for row in rows if isinstance(row, tuple) and row[1]},
+        conditions=dict(_conditions(schema, schema["$defs"], "")),
     )
 
 
@@ -112,6 +115,20 @@ def _walk(
         else:
             shown = json.dumps(field["default"]) if "default" in field else "required"
             yield FieldDoc(key, _words(field), shown, field.get("description", ""))
+
+
+def _conditions(
+    schema: dict[str, Any], defs: dict[str, Any], prefix: str
+) -> Iterator[tuple[str, dict[str, list[object]]]]:
+    """Yield every key that acts only under conditions, with these by their keys."""
+    for name, field in schema.get("properties", {}).items():
+        if "acts_with" in field:
+            yield (
+                f"{prefix}{name}",
+                {f"{prefix}{key}": values for key, values in field["acts_with"].items()},
+            )
+        if "$ref" in field:
+            yield from _conditions(_definition(field, defs), defs, f"{prefix}{name}.")
 
 
 def _walk_choices(

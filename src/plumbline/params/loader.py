@@ -15,8 +15,8 @@ from plumbline.errors import ParamsError
 from plumbline.params.faults import explain, fault_line
 from plumbline.params.fields import catalogue, describe_fields
 from plumbline.params.overrides import Override, as_dict, combine, parse_override
-from plumbline.params.schema import Experiment
-from plumbline.params.tree import Node, merge, parse, plain, show
+from plumbline.params.schema import Experiment, Params
+from plumbline.params.tree import Node, merge, parse, plain, show, without_replaced
 
 __all__ = [
     "ExperimentFile",
@@ -100,9 +100,10 @@ def load_experiment(name_or_path: str, folder: Path, overrides: Sequence[str] = 
     parsed, faults = _parse_overrides(overrides)
     over, more = combine(parsed, tree)
     faults += more
-    tree = merge(tree, over, catalogue().discriminators)
+    tree = _lay(tree, over)
     try:
         experiment = Experiment.model_validate(plain(tree))
+        faults += _idle_keys(experiment, tree, "")
     except ValidationError as error:
         faults += explain(error, tree)
     if faults:
@@ -111,9 +112,13 @@ def load_experiment(name_or_path: str, folder: Path, overrides: Sequence[str] = 
 
 
 def flatten(experiment: BaseModel | Mapping[str, object], prefix: str = "") -> dict[str, Scalar]:
-    """Return the values by dotted key, below `prefix` where one is given; lists become JSON."""
+    """Return the values by dotted key, below `prefix` where one is given; lists become JSON.
+
+    What the other values make idle is left out: nothing depends on it.
+    """
     if isinstance(experiment, BaseModel):
-        experiment = experiment.model_dump(mode="json")
+        idle = experiment.idle() if isinstance(experiment, Params) else ()
+        experiment = {name: value for name, value in experiment if name not in idle}
     flat: dict[str, Scalar] = {}
     for name, value in experiment.items():
         key = f"{prefix}.{name}" if prefix else name
@@ -146,8 +151,27 @@ def _read_chain(path: Path, folder: Path) -> tuple[Node, tuple[Path, ...]]:
         following = _base(extends, chain, folder) if extends else None
     tree = _defaults()
     for layer in reversed(layers):
-        tree = merge(tree, layer, catalogue().discriminators)
+        tree = _lay(tree, layer)
     return tree, tuple(chain)
+
+
+def _lay(tree: Node, over: Node) -> Node:
+    """Lay a file or the overrides on what they extend."""
+    known = catalogue()
+    return merge(without_replaced(tree, over, known.conditions), over, known.discriminators)
+
+
+def _idle_keys(section: Params, tree: Node, prefix: str) -> list[str]:
+    """Return a line for each key that is given and has no effect beside the others."""
+    idle = section.idle()
+    faults = []
+    for name, node in tree.children.items():
+        value = getattr(section, name, None)
+        if name in idle:
+            faults.append(fault_line(node.origin, f"{prefix}{name}", f"{idle[name]}; remove it"))
+        elif isinstance(value, Params):
+            faults += _idle_keys(value, node, f"{prefix}{name}.")
+    return faults
 
 
 def _base(extends: Node, chain: list[Path], folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -61,6 +61,40 @@ def merge(
             child = merge(merged[child_key], child, discriminators, below)
         merged[child_key] = child
     return Node(merged, over.origin)
+
+
+def without_replaced(
+    base: Node, over: Node, conditions: Mapping[str, Mapping[str, Sequence[object]]]
+) -> Node:
+    """Leave out of `base` what `over` makes idle by choosing otherwise, unless it names it, too.
+
+    `conditions` names, by dotted key, what acts only where other keys have one of some values
+    (`{"rl.gae_lambda": {"rl.algorithm": ["ppo"]}}`): under `--set rl.algorithm=grpo` a file's
+    `gae_lambda` belongs to the old choice.
+    """
+    for key, wanted in conditions.items():
+        chosen = [(find(over, other.split(".")), values) for other, values in wanted.items()]
+        if any(node is not None and node.value not in values for node, values in chosen):
+            base = _without(base, key.split("."))
+    return base
+
+
+def find(tree: Node, path: Sequence[str]) -> Node | None:
+    """Return the node at a path, or None where there is none."""
+    node: Node | None = tree
+    for name in path:
+        node = node.children.get(name) if node else None
+    return node
+
+
+def _without(tree: Node, path: Sequence[str]) -> Node:
+    if path[0] not in tree.children:
+        return tree
+    children = dict(tree.children)
+    child = children.pop(path[0])
+    if len(path) > 1:
+        children[path[0]] = _without(child, path[1:])
+    return Node(children, tree.origin)
 
 
 def show(value: object) -> str:
