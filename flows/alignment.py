@@ -9,8 +9,8 @@ from prefect import flow, runtime
 
 from flows.reports import read_samples, write_report
 from flows.summary import RunSummary, StepSummary
-from flows.wiring import WIRING
-from plumbline.models.context import check_model
+from flows.wiring import wiring
+from plumbline.checks import check_experiment
 from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
@@ -18,7 +18,9 @@ from plumbline.refs import DataVersion, RegistrationRef, StepResult
 from tasks import tracking
 from tasks.base_model import base_model
 from tasks.data_version import current_version, git_state, pull_missing
+from tasks.dpo import dpo
 from tasks.evaluate import evaluate
+from tasks.judge import judge
 from tasks.keys import cache_key, ingredients
 from tasks.prepare_data import prepare_data
 from tasks.progress import quiet_libraries
@@ -33,7 +35,9 @@ TASKS: dict[StepName, Any] = {
     "base_model": base_model,
     "sft": sft,
     "reward_model": reward_model,
+    "judge": judge,
     "rl": rl,
+    "dpo": dpo,
     "evaluate": evaluate,
     "register": register,
 }
@@ -59,7 +63,7 @@ def align(
     project = find_project()
     make_home(project.home)
     loaded = load_experiment(experiment, project.params, overrides or ())
-    check_model(loaded.experiment, project.root)
+    check_experiment(loaded.experiment, project.root)
     pull_missing(project.root)
     data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
 
@@ -119,8 +123,8 @@ def _run_steps(
     """Run or fetch every step; returns what happened and what came of it."""
     steps: dict[str, StepSummary] = {}
     results: dict[str, Any] = {"data": data}
-    for name, make_arguments in WIRING.items():
-        arguments = make_arguments(loaded.experiment, results)
+    for name, make_arguments in wiring(loaded.experiment).items():
+        arguments = make_arguments(results)
         parts = ingredients(name, arguments)
         key = cache_key(name, parts)
         earlier = read_result(project.results, name, key)

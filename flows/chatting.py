@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.models.load import load_lm, load_tokenizer
+from plumbline.models.load import load_tokenizer
 from plumbline.rollout.generate import sample_responses
 from tasks import tracking
 from tasks.progress import quiet_libraries
@@ -20,7 +20,7 @@ def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> C
     """
     quiet_libraries()
     folder = tracking.registered_folder(name)
-    model = load_lm(folder / "model").eval()
+    model = tracking.open_policy(folder).eval()
     encoder = ChatEncoder(load_tokenizer(folder / "components" / "tokenizer"))
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,7 +35,7 @@ def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> C
             model,
             queries,
             max_tokens=min(max_tokens, room),
-            eos_token_id=encoder.eos_token_id,
+            stop_token_ids=encoder.stop_token_ids,
             pad_token_id=encoder.pad_token_id,
             temperature=temperature,
             generator=generator,

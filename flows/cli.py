@@ -181,6 +181,37 @@ def data_status() -> None:
             out.print(f"  {line}")
 
 
+@data_app.command("import")
+def data_import(
+    form: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="hh-rlhf, sharegpt, alpaca or dpo-pairs.")
+    ],
+    source: Annotated[
+        str, typer.Argument(help="A file (jsonl, json, csv, parquet; .gz), a folder, or a hub id.")
+    ],
+    to: Annotated[str, typer.Option(metavar="data/NAME", help="The data set to make.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the tables that data/NAME does not have.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Import nothing if any row must be left out.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Hub: commit, tag or branch.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Hub: folder in the data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="Hub: which split; train.")] = None,
+) -> None:
+    """Convert public data to a data set, validate it, and have data.dvc pin it."""
+    with _errors_as_exit_codes():
+        project = _project()
+        make_home(project.home)
+        from flows.importing import import_data, report
+        from plumbline.data.sources import HubOptions
+
+        options = HubOptions(revision, data_dir, split)
+        imported = import_data(project, form, source, to, options, merge=merge, strict=strict)
+        out.print(report(imported), markup=False, highlight=False, soft_wrap=True)
+
+
 def _project() -> Project:
     project = find_project()
     prepare_environment(project)
@@ -189,13 +220,13 @@ def _project() -> Project:
 
 def _preflight(project: Project, experiment: str, overrides: list[str], allow_dirty: bool) -> None:
     """Find what would stop the run, before any server starts."""
-    from plumbline.models.context import check_model
+    from plumbline.checks import check_experiment
     from plumbline.params.loader import load_experiment
     from tasks.data_version import current_version, pull_missing
     from tasks.disk import check_room
 
     loaded = load_experiment(experiment, project.params, overrides)
-    check_model(loaded.experiment, project.root)
+    check_experiment(loaded.experiment, project.root)
     pull_missing(project.root)
     current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
     check_room(project.home, loaded.experiment, project.root)

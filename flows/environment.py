@@ -16,6 +16,7 @@ def prepare_environment(project: Project) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # The command line shows its own progress; the log of a run stays in the Prefect UI.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "plumbline",
         "MLFLOW_TRACKING_URI": database_uri(home),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",

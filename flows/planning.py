@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from flows.wiring import WIRING
+from flows.wiring import wiring
 from plumbline.params.schema import Experiment, StepName
 from plumbline.project import Project
 from plumbline.refs import DataVersion
@@ -31,8 +31,8 @@ def make_plan(
     """
     plan: dict[StepName, Planned] = {}
     results: dict[str, Any] = {"data": data or Pending("data")}
-    for step, arguments in WIRING.items():
-        parts = ingredients(step, arguments(experiment, results))
+    for step, arguments in wiring(experiment).items():
+        parts = ingredients(step, arguments(results))
         plan[step] = _plan_step(project, step, parts, plan, refresh)
         results[step] = Pending(step)
         if plan[step].action == "cached":

@@ -4,9 +4,13 @@ Imports no framework, so that a plan can walk the pipeline without starting anyt
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from plumbline.params.schema import Experiment, ScratchModel, StepName
+from plumbline.params.schema import Experiment, ScratchModel, StepName, steps_of
+
+SEED_OF_THE_JUDGE = 1_000_003
+"""Added to the experiment's seed, so that the judge shares no randomness with the reward model."""
 
 Results = Mapping[str, Any]
 """Results of the steps so far by name, Pending where one is not made yet; and `data`."""
@@ -32,6 +36,7 @@ def _base_model(p: Experiment, r: Results) -> Arguments:
 def _sft(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.sft,
+        "precision": p.precision,
         "seed": p.seed,
         "max_new_tokens": p.sampling.response_tokens,
         "base_model": r["base_model"],
@@ -42,47 +47,87 @@ def _sft(p: Experiment, r: Results) -> Arguments:
 def _reward_model(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.reward_model,
+        "precision": p.precision,
         "seed": p.seed,
+        "half": 0 if p.evaluate.judge else None,
         "sft": r["sft"],
         "preferences": r["prepare_data"].preferences,
+        "ratings": _ratings(p, r),
         "demonstrations": r["prepare_data"].demonstrations.train,
     }
+
+
+def _judge(p: Experiment, r: Results) -> Arguments:
+    return {**_reward_model(p, r), "seed": p.seed + SEED_OF_THE_JUDGE, "half": 1}
+
+
+def _ratings(p: Experiment, r: Results) -> Any:
+    return r["prepare_data"].ratings if p.reward_model.objective == "pointwise" else None
 
 
 def _rl(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.rl,
+        "sampling": p.sampling,
+        "precision": p.precision,
         "seed": p.seed,
         "sft": r["sft"],
         "reward_model": r["reward_model"],
+        "judge": r["judge"] if p.evaluate.judge else None,
         "prompts": r["prepare_data"].prompts.train,
+    }
+
+
+def _dpo(p: Experiment, r: Results) -> Arguments:
+    return {
+        "params": p.dpo,
+        "precision": p.precision,
+        "seed": p.seed,
+        "max_new_tokens": p.sampling.response_tokens,
+        "sft": r["sft"],
+        "preferences": r["prepare_data"].preferences,
     }
 
 
 def _evaluate(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.evaluate,
+        "sampling": p.sampling,
+        "precision": p.precision,
         "seed": p.seed,
-        "max_tokens": p.sampling.response_tokens,
-        "temperature": p.sampling.temperature,
         "sft": r["sft"],
         "reward_model": r["reward_model"],
-        "policy": r["rl"],
+        "judge": r["judge"] if p.evaluate.judge else None,
+        "policy": r[p.alignment.method],
         "prompts": r["prepare_data"].prompts.test,
     }
 
 
 def _register(p: Experiment, r: Results) -> Arguments:
-    return {"params": p.registry, "policy": r["rl"], "evaluation": r["evaluate"]}
+    return {
+        "params": p.registry,
+        "max_new_tokens": p.sampling.response_tokens,
+        "policy": r[p.alignment.method],
+        "evaluation": r["evaluate"],
+    }
 
 
-WIRING: dict[StepName, Callable[[Experiment, Results], Arguments]] = {
+STEPS: dict[StepName, Callable[[Experiment, Results], Arguments]] = {
     "prepare_data": _prepare_data,
     "base_model": _base_model,
     "sft": _sft,
     "reward_model": _reward_model,
+    "judge": _judge,
     "rl": _rl,
+    "dpo": _dpo,
     "evaluate": _evaluate,
     "register": _register,
 }
-"""The steps in the order in which they run; each makes its task's arguments."""
+
+
+def wiring(p: Experiment) -> dict[StepName, Callable[[Results], Arguments]]:
+    """The steps of an experiment in the order in which they run; each makes its task's arguments.
+
+    The arguments are made from the results of the steps before.
+    """
+    return {step: partial(STEPS[step], p) for step in steps_of(p)}

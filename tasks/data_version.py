@@ -122,6 +122,38 @@ def _pull(root: Path) -> None:
         ) from error
 
 
+def add_data(root: Path) -> str:
+    """Have data.dvc pin data/ as it is now, as `dvc add data` does; returns the new pin.
+
+    Raises:
+        DataError: DVC can't.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo(str(root)) as repo:
+            # The caller says what to commit.
+            repo.scm_context.quiet = True
+            repo.add(str(root / "data"))
+    except (DvcException, SCMError, OSError) as error:
+        raise DataError(
+            f"Can't add data/ to DVC: {error}. See what `dvc add data` says, then try again."
+        ) from error
+    return read_pin(root)
+
+
+def store_in_project(root: Path) -> str | None:
+    """The folder of the default remote where it lies in the project, to be committed with it."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        remote = repo.config["core"].get("remote")
+        url = Path(repo.config["remote"].get(remote, {}).get("url", ""))
+    return url.relative_to(root).as_posix() if url.is_relative_to(root) else None
+
+
 def git_state(root: Path) -> dict[str, str]:
     """Commit and dirty flag of the code, as tags; empty outside a git repository."""
 

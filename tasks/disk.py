@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 from plumbline.errors import MachineError
-from plumbline.params.schema import Experiment, LocalModel, ScratchModel
+from plumbline.models.gguf import gguf_path, read_header
+from plumbline.params.schema import Experiment, GGUFModel, LocalModel, ScratchModel
 
 MODELS_WRITTEN = 4
-"""base_model, sft, reward_model and rl each write one."""
+"""base_model, sft, reward_model and rl or dpo each write one; the judge is one more."""
 SPARE = 200 * 2**20
 """For databases, figures and prepared data, in bytes."""
 
@@ -18,7 +19,8 @@ def check_room(home: Path, experiment: Experiment, root: Path) -> None:
     Raises:
         MachineError: they don't.
     """
-    needed = MODELS_WRITTEN * model_bytes(experiment, root) + SPARE
+    models = MODELS_WRITTEN + experiment.evaluate.judge
+    needed = models * model_bytes(experiment, root) + SPARE
     free = shutil.disk_usage(home).free
     if free < needed:
         raise MachineError(
@@ -38,4 +40,6 @@ def model_bytes(experiment: Experiment, root: Path) -> int:
     if isinstance(model, LocalModel):
         # Weights in half precision are written in full.
         return 2 * sum(path.stat().st_size for path in (root / model.path).glob("*.safetensors"))
+    if isinstance(model, GGUFModel):
+        return 4 * read_header(gguf_path(model, root)).parameters
     return 0

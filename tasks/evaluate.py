@@ -1,19 +1,29 @@
 """Step evaluate: the policy against the SFT model on held-out prompts."""
 
 import json
+from typing import Literal
 
 from prefect import task
 
 from plumbline.data.rows import read_rows
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.evaluation.compare import Sampling, answer, compare, sample_table
+from plumbline.evaluation.best_of_n import BestOf, best_of_n_curve, best_of_n_metrics
+from plumbline.evaluation.compare import (
+    Sampling,
+    answer,
+    answer_repeatedly,
+    compare,
+    sample_table,
+)
 from plumbline.evaluation.plots import score_histogram
-from plumbline.evaluation.scores import load_gold
+from plumbline.evaluation.reward_kl import reward_against_kl
+from plumbline.functions import load_function
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model
-from plumbline.params.schema import EvaluateParams
+from plumbline.params.schema import EvaluateParams, SamplingParams
 from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest
 from plumbline.training.device import training_device
+from plumbline.training.precision import autocast, resolve_precision
 from tasks import tracking
 from tasks.caching import step_options
 from tasks.pictures import publish_image
@@ -23,43 +33,56 @@ from tasks.progress import progress_bar
 @task(name="evaluate", **step_options)
 def evaluate(
     params: EvaluateParams,
+    sampling: SamplingParams,
+    precision: Literal["auto", "fp32", "bf16"],
     seed: int,
-    max_tokens: int,
-    temperature: float,
     sft: ModelRef,
     reward_model: ModelRef,
+    judge: ModelRef | None,
     policy: ModelRef,
     prompts: DataRef,
     run: tracking.PipelineRun,
 ) -> EvaluationRef:
     """Let both models answer the held-out prompts, score the answers, and compare."""
+    asked = {**params.model_dump(), **sampling.model_dump(), "seed": seed, "precision": precision}
     with (
-        tracking.step_run(run, "evaluate", {**params.model_dump(), "seed": seed}) as tracked,
+        tracking.step_run(run, "evaluate", asked) as tracked,
         progress_bar("evaluate", "answers") as progress,
     ):
         encoder = ChatEncoder(load_tokenizer(tracking.tokenizer_folder(sft)))
         held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "evaluation")
         device = training_device()
-        ref_policy = load_lm(tracking.model_folder(sft)).to(device).eval()
+        reference = load_lm(tracking.model_folder(sft)).to(device).eval()
+        trained = tracking.open_policy(tracking.open_uri(policy.uri)).to(device).eval()
         scorer = load_scalar_model(tracking.model_folder(reward_model)).to(device).eval()
-        trained = load_lm(tracking.model_folder(policy)).to(device).eval()
-        gold = load_gold(params.gold) if params.gold else None
-        sft_answers, policy_answers = (
-            answer(
-                model,
-                ref_policy,
-                scorer,
-                encoder,
-                held_out,
-                Sampling(max_tokens, temperature, seed),
-                params,
-                gold,
-                progress,
-            )
-            for model in (ref_policy, trained)
+        onlooker = (
+            load_scalar_model(tracking.model_folder(judge)).to(device).eval() if judge else None
         )
-        metrics = compare(sft_answers, policy_answers, params, seed)
+        gold = load_function(params.gold, "evaluate.gold") if params.gold else None
+        drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
+        with autocast(device, resolve_precision(precision, device)):
+            sft_answers, policy_answers = (
+                answer(
+                    model, reference, scorer, encoder, held_out, drawn, params, gold, progress,
+                    onlooker,
+                )
+                for model in (reference, trained)
+            )  # fmt: skip
+            curve: list[BestOf] = []
+            if params.best_of_n > 1:
+                repeated = answer_repeatedly(
+                    reference, scorer, encoder, held_out, params.best_of_n, drawn, params, gold,
+                    progress, onlooker,
+                )  # fmt: skip
+                curve = best_of_n_curve(
+                    repeated.scores,
+                    gold=repeated.gold,
+                    judge=repeated.judge,
+                    bootstrap_samples=params.bootstrap_samples,
+                    seed=seed,
+                )
+        metrics = compare(sft_answers, policy_answers, params, seed) | best_of_n_metrics(curve)
         tracked.finals(metrics)
         rows = sample_table(held_out, sft_answers, policy_answers, params.table_rows)
         for row in rows:
@@ -74,6 +97,16 @@ def evaluate(
                 "score",
             ),
         )
+        publish_image(
+            tracked,
+            "reward-kl",
+            reward_against_kl(
+                training_history(policy),
+                "Reward against the distance from the SFT model",
+                best_of_n=curve,
+                held_out=metrics,
+            ),
+        )
         uri = tracked.figures["samples.json"]
         return EvaluationRef(
             digest=file_digest(tracking.open_uri(uri)),
@@ -83,3 +116,11 @@ def evaluate(
             figures=tracked.figures,
             seconds=tracked.seconds,
         )
+
+
+def training_history(policy: ModelRef) -> list[dict[str, float]]:
+    """The curves of the policy's training by RL; empty where it came about otherwise."""
+    rows: list[dict[str, float]] = json.loads(
+        tracking.open_uri(policy.figures["history.json"]).read_bytes()
+    )
+    return [row for row in rows if "objective/kl" in row]

@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from plumbline.errors import ParamsError
+from plumbline.functions import split_name
 from plumbline.params.loader import flatten
-from plumbline.params.schema import StepName
+from plumbline.params.schema import Params, StepName
 from plumbline.project import find_project
 from plumbline.refs import DataVersion, Ref, SplitRef
 
 SECTIONS: dict[StepName, str] = {
     "prepare_data": "data",
     "base_model": "model",
+    "judge": "reward_model",
     "register": "registry",
 }
 """The params section of a step, where it is not called like the step."""
@@ -57,6 +60,7 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
     """Sort a step's arguments into params and inputs, and add the code it reaches."""
     params: dict[str, Any] = {}
     inputs: dict[str, str | None] = {}
+    code = dict(code_fingerprint(f"tasks.{step}"))
     for name, value in arguments.items():
         match value:
             case Pending():
@@ -71,9 +75,12 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
                 # A step's own section under the name that the user knows it by.
                 section = SECTIONS.get(step, step)
                 params |= flatten(value, section if name == "params" else name)
+                if isinstance(value, Params):
+                    for function in value.functions():
+                        code |= function_fingerprint(function)
             case _:
                 params[name] = value
-    return Ingredients(params, inputs, code_fingerprint(f"tasks.{step}"))
+    return Ingredients(params, inputs, code)
 
 
 def cache_key(step: StepName, parts: Ingredients) -> str:
@@ -94,6 +101,20 @@ def code_fingerprint(module: str) -> dict[str, str]:
             name = name.rpartition(".")[0]
             reached.add(name)
     return {name: _source_digest(name) for name in sorted(reached)}
+
+
+def function_fingerprint(function: str) -> dict[str, str]:
+    """The code of a function that the params name; outside the project, of its module alone."""
+    module, _ = split_name(function)
+    try:
+        found = find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise ParamsError(f"{function}: expected a function of a module that can be imported")
+    if module.partition(".")[0] in ("tasks", "plumbline"):
+        return code_fingerprint(module)
+    return {module: _source_digest(module)}
 
 
 @cache

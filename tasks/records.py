@@ -24,7 +24,9 @@ RESULT_TYPES: dict[StepName, type[StepResult]] = {
     "base_model": ModelRef,
     "sft": ModelRef,
     "reward_model": ModelRef,
+    "judge": ModelRef,
     "rl": ModelRef,
+    "dpo": ModelRef,
     "evaluate": EvaluationRef,
     "register": RegistrationRef,
 }
@@ -39,7 +41,7 @@ SERIALIZER = {
 }
 """What Prefect notes of its JSON serializer in each record."""
 
-MODEL_PARTS = ("model", "components")
+MODEL_PARTS = ("model", "adapter", "components")
 """Folders of a logged model that are its content; beside them stand run ids and times."""
 
 

@@ -2,28 +2,41 @@
 
 from prefect import task
 
+from plumbline.models.load import load_tokenizer
 from plumbline.params.schema import RegistryParams
 from plumbline.refs import EvaluationRef, ModelRef, RegistrationRef
 from tasks import tracking
 from tasks.caching import step_options
 
+SCORES = ("eval/win_rate", "eval/policy/score", "eval/policy/kl", "eval/policy/gold", "eval/policy/judge")
+"""What the registry's page says of a version."""
+
 
 @task(name="register", **step_options)
 def register(
-    params: RegistryParams, policy: ModelRef, evaluation: EvaluationRef, run: tracking.PipelineRun
+    params: RegistryParams,
+    max_new_tokens: int,
+    policy: ModelRef,
+    evaluation: EvaluationRef,
+    run: tracking.PipelineRun,
 ) -> RegistrationRef:
     """Make a new version of the registered model; the flow lets the alias point to it."""
     with tracking.step_run(run, "register", params.model_dump()) as tracked:
-        tags = {
-            "plumbline.run_id": run.mlflow_run_id,
-            "plumbline.digest": policy.digest,
-            **{
-                name.replace("/", "."): f"{value:.4f}"
-                for name, value in evaluation.metrics.items()
-                if name
-                in ("eval/win_rate", "eval/policy/score", "eval/policy/kl", "eval/policy/gold")
-            },
+        if params.merge_lora and tracking.is_adapter(policy):
+            # Merged, any tool can load and serve it.
+            policy = tracked.model(
+                "text-generation",
+                tracking.open_policy(tracking.open_uri(policy.uri)),
+                load_tokenizer(tracking.tokenizer_folder(policy)),
+                max_new_tokens=max_new_tokens,
+                metrics={},
+            )
+        scores = {
+            name.replace("/", "."): f"{evaluation.metrics[name]:.4f}"
+            for name in SCORES
+            if name in evaluation.metrics
         }
+        tags = {"plumbline.run_id": run.mlflow_run_id, "plumbline.digest": policy.digest, **scores}
         version = tracking.register_model(params.name, policy, tags)
         return RegistrationRef(
             digest=policy.digest,

@@ -1,17 +1,22 @@
-"""Step reward_model: a scalar head on the SFT model learns the preferences."""
+"""Step reward_model: a scalar head on the SFT model learns what people prefer."""
+
+from typing import Literal
 
 from prefect import task
 
+from plumbline.data.halves import half_of
 from plumbline.data.rows import encode_rows, read_rows
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.evaluation.plots import score_histogram
-from plumbline.evaluation.scores import calibration_error, correlation, wilson_interval
+from plumbline.evaluation.plots import calibration_plot, score_histogram
+from plumbline.evaluation.reward_model import measure_reward_model
+from plumbline.evaluation.scores import pair_calibration
 from plumbline.models.load import load_tokenizer
 from plumbline.models.scalar_head import scalar_model_from_lm
 from plumbline.params.schema import RewardModelParams
 from plumbline.refs import DataRef, ModelRef, SplitRef
 from plumbline.training.device import training_device
-from plumbline.training.reward_model import normalise_on, score_pairs, train_reward_model
+from plumbline.training.precision import autocast, resolve_precision
+from plumbline.training.reward_model import normalise_on, train_reward_model
 from tasks import tracking
 from tasks.caching import step_options
 from tasks.progress import progress_bar
@@ -20,62 +25,95 @@ from tasks.progress import progress_bar
 @task(name="reward_model", **step_options)
 def reward_model(
     params: RewardModelParams,
+    precision: Literal["auto", "fp32", "bf16"],
     seed: int,
+    half: Literal[0, 1] | None,
     sft: ModelRef,
     preferences: SplitRef,
+    ratings: SplitRef | None,
     demonstrations: DataRef,
     run: tracking.PipelineRun,
 ) -> ModelRef:
-    """Train on pairs, normalise on demonstrations, judge on held-out pairs."""
+    """Train on people's judgements, normalise on demonstrations, measure on held-out judgements."""
+    return make_reward_model(
+        "reward_model", params, precision, seed, half, sft, preferences, ratings, demonstrations, run
+    )  # fmt: skip
+
+
+def make_reward_model(
+    step: Literal["reward_model", "judge"],
+    params: RewardModelParams,
+    precision: Literal["auto", "fp32", "bf16"],
+    seed: int,
+    half: Literal[0, 1] | None,
+    sft: ModelRef,
+    preferences: SplitRef,
+    ratings: SplitRef | None,
+    demonstrations: DataRef,
+    run: tracking.PipelineRun,
+) -> ModelRef:
+    """Train a reward model, for a step of this name, on one half of the training rows or on all."""
+    asked = {**params.model_dump(), "seed": seed, "precision": precision, "half": half}
     with (
-        tracking.step_run(run, "reward_model", {**params.model_dump(), "seed": seed}) as tracked,
-        progress_bar("reward_model", "pairs") as progress,
+        tracking.step_run(run, step, asked) as tracked,
+        progress_bar(step, "rows") as progress,
     ):
         tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
-        train, test, shown = (
+        judgements = ratings or preferences
+        train, pairs, shown = (
             encode_rows(read_rows(tracking.open_uri(ref.uri)), encoder)
-            for ref in (preferences.train, preferences.test, demonstrations)
+            for ref in (judgements.train, preferences.test, demonstrations)
         )
+        rated = (
+            encode_rows(read_rows(tracking.open_uri(ratings.test.uri)), encoder) if ratings else None
+        )
+        if half is not None:
+            train = [row for row in train if half_of(row["prompt_id"]) == half]
         tracked.dataset(
-            "preferences", preferences.train.digest, preferences.train.uri,
-            preferences.train.rows, "training",
+            "ratings" if ratings else "preferences", judgements.train.digest,
+            judgements.train.uri, len(train), "training",
         )  # fmt: skip
-        model = scalar_model_from_lm(tracking.model_folder(sft), seed).to(training_device())
+        device = training_device()
+        resolved = resolve_precision(precision, device)
+        model = scalar_model_from_lm(tracking.model_folder(sft), seed).to(device)
         train_reward_model(
             model, train, params,
-            pad_token_id=encoder.pad_token_id, seed=seed, log=tracked.log, progress=progress,
+            pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
+            log=tracked.log, progress=progress, prefix=step,
         )  # fmt: skip
-        metrics = normalise_on(
-            model,
-            [[*row["prompt"], *row["response"]] for row in shown],
-            params,
-            encoder.pad_token_id,
-        )
-
-        scores = score_pairs(model, test, params.micro_batch_size, encoder.pad_token_id)
-        margins = (scores.chosen - scores.rejected).tolist()
-        # A label that is known to be wrong says nothing about the model.
-        clean = [m for m, row in zip(margins, test, strict=True) if row.get("clean", True)]
-        accuracy = wilson_interval(sum(margin > 0 for margin in clean), len(clean))
-        lengths = [len(row[side]) for side in ("chosen", "rejected") for row in test]
-        metrics |= {
-            "reward_model/accuracy": accuracy.mean,
-            "reward_model/accuracy_low": accuracy.low,
-            "reward_model/accuracy_high": accuracy.high,
-            "reward_model/accuracy_all_labels": sum(m > 0 for m in margins) / len(margins),
-            "reward_model/margin_mean": sum(clean) / len(clean),
-            "reward_model/calibration_error": calibration_error(clean),
-            "reward_model/score_length_correlation": correlation(
-                [*scores.chosen.tolist(), *scores.rejected.tolist()], lengths
-            ),
-        }
+        with autocast(device, resolved):
+            normalisation = normalise_on(
+                model,
+                [[*row["prompt"], *row["response"]] for row in shown],
+                params,
+                encoder.pad_token_id,
+                prefix=step,
+            )
+            held_out = measure_reward_model(
+                model, pairs, rated, normalisation,
+                batch_size=params.micro_batch_size, pad_token_id=encoder.pad_token_id, prefix=step,
+            )  # fmt: skip
+        rejected, chosen = held_out.pairs.rejected.tolist(), held_out.pairs.chosen.tolist()
         tracked.figure(
-            "reward_model_scores",
+            f"{step}_scores",
             score_histogram(
-                {"rejected": scores.rejected.tolist(), "chosen": scores.chosen.tolist()},
-                "Reward-model scores of held-out pairs",
-                "score",
+                {"rejected": rejected, "chosen": chosen}, "Scores of held-out pairs", "score"
             ),
         )
-        return tracked.model("text-classification", model, tokenizer, metrics=metrics)
+        if held_out.confidences:
+            tracked.figure(
+                f"{step}_calibration",
+                calibration_plot(
+                    pair_calibration(held_out.confidences),
+                    f"Calibration of the {step.replace('_', ' ')}",
+                    stated="stated confidence",
+                    outcome="share that is right",
+                ),
+            )
+        return tracked.model(
+            "text-classification",
+            model,
+            tokenizer,
+            metrics=normalisation.metrics | held_out.metrics,
+        )

@@ -1,18 +1,26 @@
 """Step rl: the policy learns from the reward model."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
 
+import torch
 from prefect import task
+from transformers import PreTrainedModel
 
 from plumbline.data.rows import read_rows
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.evaluation.plots import curves, reward_against_kl
+from plumbline.evaluation.plots import curves
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model
-from plumbline.params.schema import RLParams
+from plumbline.params.schema import RLParams, SamplingParams
 from plumbline.refs import DataRef, ModelRef
 from plumbline.training.device import training_device
-from plumbline.training.rl import Models, Tokens, train_rl
+from plumbline.training.lora import add_adapter
+from plumbline.training.models import Models, ValueHead
+from plumbline.training.policy_update import Setting
+from plumbline.training.precision import resolve_precision
+from plumbline.training.rl import train_rl
 from tasks import tracking
 from tasks.caching import step_options
 from tasks.pictures import publish_image
@@ -20,30 +28,39 @@ from tasks.progress import progress_bar
 
 FINAL_ROLLOUTS = 5
 """The step's final metrics are means over so many rollouts, for one alone is noisy."""
+FINAL = ("objective/", "response/", "policy/", "val/explained", "perf/")
+"""The curves that final metrics are made of."""
 
 
 @task(name="rl", **step_options)
 def rl(
     params: RLParams,
+    sampling: SamplingParams,
+    precision: Literal["auto", "fp32", "bf16"],
     seed: int,
     sft: ModelRef,
     reward_model: ModelRef,
+    judge: ModelRef | None,
     prompts: DataRef,
     run: tracking.PipelineRun,
 ) -> ModelRef:
     """Train the policy by RL, with the SFT model as its reference."""
+    asked = {**params.model_dump(), **sampling.model_dump(), "seed": seed, "precision": precision}
     with (
-        tracking.step_run(run, "rl", {**params.model_dump(), "seed": seed}) as tracked,
+        tracking.step_run(run, "rl", asked) as tracked,
         progress_bar("rl", "episodes") as progress,
     ):
         tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
-        queries = encoder.prompts(read_rows(tracking.open_uri(prompts.uri))["prompt"])
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "training")
         device = training_device()
-        policy, ref_policy = (load_lm(tracking.model_folder(sft)).to(device) for _ in range(2))
-        scorer, critic = (
-            load_scalar_model(tracking.model_folder(reward_model)).to(device) for _ in range(2)
+        models = load_models(
+            params,
+            tracking.model_folder(sft),
+            tracking.model_folder(reward_model),
+            tracking.model_folder(judge) if judge else None,
+            device,
+            seed,
         )
         history: list[dict[str, float]] = []
 
@@ -52,31 +69,54 @@ def rl(
             tracked.log(step, metrics)
 
         train_rl(
-            Models(policy.eval(), ref_policy.eval(), scorer.eval(), critic.eval()),
-            queries,
-            params,
-            tokens=Tokens(encoder.eos_token_id, encoder.pad_token_id),
+            models,
+            read_rows(tracking.open_uri(prompts.uri))["prompt"],
+            encoder,
+            Setting(params, sampling, resolve_precision(precision, device)),
             seed=seed,
             log=log,
             progress=progress,
+            warn=tracked.warn,
         )
         tracked.json("history", history)
         title = f"{run.name}: {params.algorithm}, kl_coef {params.kl_coef:g}"
         publish_image(tracked, "curves", curves(history, title))
-        publish_image(
-            tracked,
-            "reward-kl",
-            reward_against_kl(history, "Reward against distance from the SFT model"),
-        )
         last = history[-FINAL_ROLLOUTS:]
-        return tracked.model(
-            "text-generation",
-            policy,
+        finals = {
+            f"rl/{name}": sum(row[name] for row in last) / len(last)
+            for name in history[0]
+            if name.startswith(FINAL)
+        }
+        return tracked.policy(
+            models.policy,
             tokenizer,
-            max_new_tokens=params.response_tokens,
-            metrics={
-                f"rl/{name}": sum(row[name] for row in last) / len(last)
-                for name in history[0]
-                if name.startswith(("objective/", "response/", "policy/", "val/explained", "perf/"))
-            },
+            base=sft if params.lora.enabled else None,
+            max_new_tokens=sampling.response_tokens,
+            metrics=finals | {"rl/warnings": float(tracked.warnings)},
         )
+
+
+def load_models(
+    params: RLParams,
+    sft: Path,
+    reward_model: Path,
+    judge: Path | None,
+    device: torch.device,
+    seed: int,
+) -> Models:
+    """Load what the algorithm needs from the folders of the earlier steps' models."""
+    policy = load_lm(sft).to(device).eval()
+    ref_policy = None if params.lora.enabled else load_lm(sft).to(device).eval()
+    if params.lora.enabled:
+        add_adapter(policy, params.lora, seed)
+    critic: PreTrainedModel | ValueHead | None = None
+    if params.algorithm == "ppo" and params.critic == "shared":
+        head = ValueHead(policy.get_output_embeddings().in_features, seed)
+        critic = head.to(device)
+    elif params.algorithm == "ppo":
+        critic = load_scalar_model(reward_model).to(device).eval()
+        if params.lora.enabled:
+            add_adapter(critic, params.lora, seed)
+    scorer = load_scalar_model(reward_model).to(device).eval()
+    onlooker = load_scalar_model(judge).to(device).eval() if judge else None
+    return Models(policy, ref_policy, scorer, critic, onlooker)

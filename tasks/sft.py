@@ -1,5 +1,7 @@
 """Step sft: the base model learns the demonstrations."""
 
+from typing import Literal
+
 from prefect import task
 
 from plumbline.data.rows import encode_rows, read_rows
@@ -8,6 +10,7 @@ from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.params.schema import SFTParams
 from plumbline.refs import ModelRef, SplitRef
 from plumbline.training.device import training_device
+from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.sft import held_out_loss, train_sft
 from tasks import tracking
 from tasks.caching import step_options
@@ -17,6 +20,7 @@ from tasks.progress import progress_bar
 @task(name="sft", **step_options)
 def sft(
     params: SFTParams,
+    precision: Literal["auto", "fp32", "bf16"],
     seed: int,
     max_new_tokens: int,
     base_model: ModelRef,
@@ -24,8 +28,9 @@ def sft(
     run: tracking.PipelineRun,
 ) -> ModelRef:
     """Fine-tune the base model on the demonstrations."""
+    asked = {**params.model_dump(), "seed": seed, "precision": precision}
     with (
-        tracking.step_run(run, "sft", {**params.model_dump(), "seed": seed}) as tracked,
+        tracking.step_run(run, "sft", asked) as tracked,
         progress_bar("sft", "rows") as progress,
     ):
         tokenizer = load_tokenizer(tracking.tokenizer_folder(base_model))
@@ -38,12 +43,16 @@ def sft(
             "demonstrations", demonstrations.train.digest, demonstrations.train.uri,
             demonstrations.train.rows, "training",
         )  # fmt: skip
-        model = load_lm(tracking.model_folder(base_model)).to(training_device())
+        device = training_device()
+        resolved = resolve_precision(precision, device)
+        model = load_lm(tracking.model_folder(base_model)).to(device)
         train_sft(
             model, train, params,
-            pad_token_id=encoder.pad_token_id, seed=seed, log=tracked.log, progress=progress,
+            pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
+            log=tracked.log, progress=progress,
         )  # fmt: skip
-        loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)
+        with autocast(device, resolved):
+            loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)
         return tracked.model(
             "text-generation",
             model,

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,10 +36,16 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plumbline.errors import ParamsError, TrainingError
+from plumbline.models.load import load_lm
 from plumbline.refs import ModelRef, StepResult, folder_digest
+from plumbline.training.lora import load_merged, save_adapter
 from tasks.records import MODEL_PARTS, local_path
 
+log = logging.getLogger("plumbline")
+
 EXPERIMENT = "plumbline"
+ADAPTED = "adapted_model.json"
+"""File beside an adapter that says where the model is that it changes."""
 BUFFERED_POINTS = 20
 BUFFERED_SECONDS = 5.0
 
@@ -64,6 +71,7 @@ class StepRun:
         self.step = step
         self.started = time.perf_counter()
         self.figures: dict[str, str] = {}
+        self.warnings = 0
         self._points: list[Metric] = []
         self._pending_calls = 0
         self._flushed = time.monotonic()
@@ -87,6 +95,12 @@ class StepRun:
         for start in range(0, len(self._points), 1000):
             _client().log_batch(self.run_id, metrics=self._points[start : start + 1000])
         self._points, self._pending_calls, self._flushed = [], 0, time.monotonic()
+
+    def warn(self, step: int, name: str, message: str) -> None:
+        """Show what looks wrong: in the log, and on the run (plumbline.training.reporting.Warn)."""
+        self.warnings += 1
+        log.warning("%s: %s (%s %d)", name, message, self.step, step)
+        tag_run(self.run_id, {f"warning.{name}": f"{step}: {message}"})
 
     def finals(self, metrics: Mapping[str, float]) -> None:
         """Log the step's final metrics."""
@@ -142,12 +156,55 @@ class StepRun:
         metrics: Mapping[str, float],
     ) -> ModelRef:
         """Log a model, its weights written once, and return the ref to it."""
+
+        def save(folder: Path, logged: Any) -> None:
+            _save_model(folder, logged, kind, model, tokenizer, max_new_tokens)
+
+        return self._log_model(kind, save, metrics)
+
+    def adapter(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base: ModelRef,
+        metrics: Mapping[str, float],
+    ) -> ModelRef:
+        """Log the adapters on a model alone, beside the name of the model that they change."""
+
+        def save(folder: Path, logged: Any) -> None:
+            save_adapter(model, folder / "adapter", base=f"sha256:{base.digest}")
+            tokenizer.save_pretrained(folder / "components" / "tokenizer")
+            (folder / ADAPTED).write_text(json.dumps({"uri": base.uri}) + "\n")
+
+        return self._log_model("adapter", save, metrics)
+
+    def policy(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base: ModelRef | None,
+        max_new_tokens: int,
+        metrics: Mapping[str, float],
+    ) -> ModelRef:
+        """Log an aligned language model: whole, or its adapters where it has them on `base`."""
+        if base is not None:
+            return self.adapter(model, tokenizer, base=base, metrics=metrics)
+        return self.model(
+            "text-generation", model, tokenizer, max_new_tokens=max_new_tokens, metrics=metrics
+        )
+
+    def _log_model(
+        self, kind: str, save: Callable[[Path, Any], None], metrics: Mapping[str, float]
+    ) -> ModelRef:
+        """Let `save` write a new logged model, whole or not at all."""
         logged = _client().create_logged_model(
             self.experiment_id, name=self.step, source_run_id=self.run_id, model_type=kind
         )
         try:
             with _model_folder(logged.artifact_location, logged.model_id) as folder:
-                _save_model(folder, logged, kind, model, tokenizer, max_new_tokens)
+                save(folder, logged)
                 digest = folder_digest(folder, MODEL_PARTS)
         except BaseException as error:
             _discard_model(logged)
@@ -309,8 +366,22 @@ def registered_folder(name: str) -> Path:
 
 
 def model_folder(model: ModelRef) -> Path:
-    """Folder of the model's config and weights."""
+    """Folder of a whole model's config and weights."""
     return open_uri(model.uri) / "model"
+
+
+def is_adapter(model: ModelRef) -> bool:
+    """Whether a logged model is an adapter on another one."""
+    return (open_uri(model.uri) / ADAPTED).exists()
+
+
+def open_policy(folder: Path) -> PreTrainedModel:
+    """The language model of a logged model: whole, or an adapter merged into what it changes."""
+    if not (folder / ADAPTED).exists():
+        return load_lm(folder / "model")
+    model = load_lm(open_uri(json.loads((folder / ADAPTED).read_bytes())["uri"]) / "model")
+    load_merged(model, folder / "adapter")
+    return model
 
 
 def tokenizer_folder(model: ModelRef) -> Path:

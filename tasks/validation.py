@@ -1,6 +1,7 @@
 """Token counting for validation, by the tokenizer that the base model will have."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,7 @@ import pandas as pd
 from plumbline.data.tokenize import ChatEncoder, training_texts
 from plumbline.data.validation import Limits, TokenCounter
 from plumbline.models.load import base_tokenizer
-from plumbline.params.schema import DataParams, ModelParams
+from plumbline.params.schema import DataParams, ModelParams, ScratchModel
 
 
 def limits_of(params: DataParams) -> Limits:
@@ -21,7 +22,11 @@ def token_counter(
 ) -> Callable[[Mapping[str, pd.DataFrame]], TokenCounter]:
     """A function from the tables as read to the counter for them."""
 
+    pretrained = cache(lambda: ChatEncoder(base_tokenizer(model, root, [])))
+
     def counter(tables: Mapping[str, pd.DataFrame]) -> TokenCounter:
+        if not isinstance(model, ScratchModel):
+            return pretrained()
         demonstrations = tables["demonstrations"]
         rows = demonstrations[demonstrations["split"] == "train"]
         rows = rows.dropna(subset=["prompt", "response"])

@@ -28,6 +28,7 @@ OURS = ("PLUMBLINE_", "PREFECT_", "MLFLOW_", "DVC_")
 
 TINY = """\
 description: Every step in a few seconds.
+precision: fp32
 data:
   test_fraction: 0.2
   max_prompt_tokens: 56
@@ -50,10 +51,12 @@ rl:
   micro_batch_size: 8
   epochs: 1
   kl_coef: 0.05
+sampling:
   response_tokens: 24
 evaluate:
   max_prompts: 16
   bootstrap_samples: 100
+  best_of_n: 2
   gold: plumbline.evaluation.principles:gold_score
 """
 

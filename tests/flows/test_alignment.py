@@ -23,7 +23,9 @@ from plumbline.data.tokenize import SCRATCH_TEMPLATE, ChatEncoder
 from plumbline.models.load import load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model, sequence_scores
 from plumbline.params.loader import flatten, load_experiment
-from plumbline.params.schema import STEP_NAMES
+from plumbline.params.schema import Experiment, steps_of
+
+STEPS = steps_of(Experiment())
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject, Trained
@@ -53,7 +55,7 @@ def records_of_steps(project: SmallProject) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in (project.home / "results").iterdir()
-        if path.name.startswith(STEP_NAMES)
+        if path.name.startswith(STEPS)
     }
 
 
@@ -102,11 +104,11 @@ def test_the_result_has_the_agreed_keys(trained):
     } <= set(first)
     assert first["experiment"] == "tiny"
     assert set(first["data"]) == {"rev", "digest"}
-    assert tuple(first["steps"]) == STEP_NAMES
+    assert tuple(first["steps"]) == STEPS
     for step in first["steps"].values():
         assert set(step) == {"status", "seconds", "key", "digest", "mlflow_run_id"}
         assert step["seconds"] > 0
-    assert ran(first) == STEP_NAMES
+    assert ran(first) == STEPS
     assert first["seconds"] >= sum(step["seconds"] for step in first["steps"].values())
 
 
@@ -162,7 +164,7 @@ def test_the_pipeline_s_run_is_finished_and_has_what_made_it(trained, client):
 def test_each_step_has_a_run_below_the_pipeline_s(trained, client):
     runs = children(client, trained.first["mlflow_run_id"])
 
-    assert set(runs) == set(STEP_NAMES)
+    assert set(runs) == set(STEPS)
     for name, run in runs.items():
         step = trained.first["steps"][name]
         assert run.info.run_id == step["mlflow_run_id"]
@@ -293,7 +295,7 @@ def test_prefect_has_the_run_its_steps_and_its_pictures(trained):
 
     assert flow_run["state"]["name"] == "Completed"
     assert flow_run["name"] == "tiny"
-    assert sorted(task["name"].rpartition("-")[0] for task in tasks) == sorted(STEP_NAMES)
+    assert sorted(task["name"].rpartition("-")[0] for task in tasks) == sorted(STEPS)
     assert {task["state"]["name"] for task in tasks} == {"Completed"}
     found = artifacts_of(api, flow_run_id)
     assert {"curves": "image", "reward-kl": "image", "scores": "image"}.items() <= found.items()
@@ -366,7 +368,7 @@ def test_a_value_set_back_finds_its_results_again_and_trains_nothing(trained, ag
 def test_a_cached_step_shows_where_it_comes_from(trained, again, client):
     runs = children(client, again["mlflow_run_id"])
 
-    assert set(runs) == set(STEP_NAMES)
+    assert set(runs) == set(STEPS)
     for name, run in runs.items():
         source = client.get_run(trained.first["steps"][name]["mlflow_run_id"])
         assert run.info.run_id == again["steps"][name]["mlflow_run_id"] != source.info.run_id

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from plumbline.params.schema import STEP_NAMES
+from plumbline.params.schema import Experiment, steps_of
+
+STEPS = steps_of(Experiment())
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -148,7 +150,7 @@ def test_a_project_that_is_none_falls_back_on_the_code_s_own(project, tmp_path):
 def test_the_plan_of_a_fresh_project_runs_everything_and_starts_nothing(project):
     steps = project.result("plan")["steps"]
 
-    assert tuple(steps) == STEP_NAMES
+    assert tuple(steps) == STEPS
     assert all(set(step) == {"action", "because"} for step in steps.values())
     assert {step["action"] for step in steps.values()} == {"run"}
     assert_nothing_started(project)

@@ -9,8 +9,10 @@ from rich.console import Console
 from flows.closing import show_summary, ui_commands
 from flows.reports import markdown
 from flows.summary import RunSummary, StepSummary
-from plumbline.params.schema import STEP_NAMES
+from plumbline.params.schema import Experiment, steps_of
 from plumbline.project import Project
+
+STEPS = steps_of(Experiment())
 
 METRICS = {
     f"{model}/{name}": 0.5
@@ -35,7 +37,7 @@ def summary(
         mlflow_run_id="m",
         prefect_flow_run_id="p",
         seconds=3.0,
-        steps=dict.fromkeys(STEP_NAMES, STEP),
+        steps=dict.fromkeys(STEPS, STEP),
         metrics={**metrics, **INTERVALS},
         report=str(tmp_path),
         samples=[{**sample, "sft_score": 0.25, "policy_score": 0.5}],
@@ -62,7 +64,7 @@ def test_the_closing_words_have_samples_metrics_steps_and_the_way_to_the_uis(tmp
         "0.750 [0.750, 0.750]",
         "curves.png",
         "plumbline-policy version 3, alias challenger",
-        *STEP_NAMES,
+        *STEPS,
         *ui_commands(Project(tmp_path, tmp_path / ".plumbline")).values(),
     ):
         assert words in text

@@ -3,12 +3,14 @@
 import pytest
 
 from flows.planning import explain, make_plan
-from flows.wiring import WIRING
-from plumbline.params.schema import STEP_NAMES, Experiment, LocalModel
+from flows.wiring import wiring
+from plumbline.params.schema import Experiment, LocalModel, steps_of
 from plumbline.project import Project
 from plumbline.refs import DataVersion
 from tasks.keys import Ingredients
 from tasks.records import Record
+
+STEPS = steps_of(Experiment())
 
 OLD = Ingredients(
     {"rl.kl_coef": 0.05, "rl.epochs": 4, "seed": 0},
@@ -90,7 +92,7 @@ DATA = DataVersion(digest="d", path="data/a", rev="r", files={"prompts.jsonl": "
 def test_a_fresh_project_runs_everything_and_a_plan_makes_nothing(fresh):
     plan = make_plan(fresh, Experiment(), DATA)
 
-    assert tuple(plan) == tuple(WIRING) == STEP_NAMES
+    assert tuple(plan) == tuple(wiring(Experiment())) == STEPS
     assert {step.action for step in plan.values()} == {"run"}
     assert {step.because for step in plan.values()} == {"never ran before"}
     assert not fresh.home.exists()
@@ -105,6 +107,6 @@ def test_a_step_that_is_asked_for_runs(fresh):
 def test_a_model_that_is_not_from_scratch_does_not_wait_for_the_data():
     local = Experiment(model=LocalModel(source="local", path="m"))
 
-    arguments = WIRING["base_model"](local, {"prepare_data": None})
+    arguments = wiring(local)["base_model"]({"prepare_data": None})
 
     assert arguments["demonstrations"] is None

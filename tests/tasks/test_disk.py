@@ -3,13 +3,20 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from plumbline.data.tokenize import train_tokenizer
 from plumbline.errors import MachineError
 from plumbline.models.load import base_model
-from plumbline.params.schema import Experiment, LocalModel, ScratchModel
+from plumbline.params.schema import (
+    EvaluateParams,
+    Experiment,
+    GGUFModel,
+    LocalModel,
+    ScratchModel,
+)
 from tasks.disk import MODELS_WRITTEN, SPARE, check_room, model_bytes
 
 LARGE = Experiment(model=ScratchModel(hidden_size=4096, layers=32, heads=32, vocab_size=32000))
@@ -60,3 +67,29 @@ def test_of_a_local_model_the_files_count(tmp_path):
     experiment = Experiment(model=LocalModel(source="local", path="m"))
 
     assert model_bytes(experiment, tmp_path) == 2000
+
+
+def test_a_gguf_file_is_counted_in_float32_whatever_it_holds(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_tensor("token_embd.weight", np.zeros((30, 20), np.float16))
+    writer.add_tensor("output_norm.weight", np.zeros(20, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = GGUFModel(source="gguf", file="tiny.gguf", path=tmp_path.name)
+
+    assert model_bytes(Experiment(model=model), tmp_path.parent) == 4 * (30 * 20 + 20)
+
+
+def test_the_judge_is_one_more_model(monkeypatch, tmp_path):
+    needed = MODELS_WRITTEN * model_bytes(LARGE, tmp_path) + SPARE
+    judged = LARGE.model_copy(update={"evaluate": EvaluateParams(judge=True)})
+
+    leave(monkeypatch, needed)
+    with pytest.raises(MachineError):
+        check_room(tmp_path, judged, tmp_path)
+    leave(monkeypatch, needed + model_bytes(LARGE, tmp_path))
+    check_room(tmp_path, judged, tmp_path)

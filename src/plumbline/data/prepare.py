@@ -15,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plumbline.data.formats import OPTIONAL_COLUMNS, OPTIONAL_TABLES, TABLES, Failure
+from plumbline.data.schemas import with_findings
+from plumbline.data.splits import prompt_id
+from plumbline.data.turns import shortened
 from plumbline.data.validation import (
     InvalidData,
     Limits,
@@ -31,11 +34,17 @@ _ARROW_TYPES = {"margin": pa.float64(), "clean": pa.bool_(), "label": pa.bool_()
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written: rows by "table/split", what was wrong, and how many rows were set aside."""
+    """What was written, what was wrong, and what became of it."""
 
     rows: dict[str, int]
+    """Rows written, by "table/split"."""
     failures: list[Failure]
     quarantined: int
+    """Rows set aside because of a failure."""
+    cut: dict[str, int]
+    """Rows written whose prompt lost turns, by "table/split"; empty unless turns are dropped."""
+    merged: int
+    """Rows left out because their prompt, cut, only repeats or contradicts another row."""
 
 
 def prepare(
@@ -46,6 +55,7 @@ def prepare(
     on_invalid: Literal["fail", "quarantine"],
     limits: Limits | None = None,
     counter_for: Callable[[Mapping[str, pd.DataFrame]], TokenCounter] | None = None,
+    long_prompts: Literal["refuse", "drop_turns"] = "refuse",
 ) -> Prepared:
     """Read, validate and split a data set, and write it to `out`, whole or not at all.
 
@@ -57,11 +67,21 @@ def prepare(
 
     Lengths are checked where `limits` are given; `counter_for` then makes the counter from the
     tables as they were read, since a tokenizer may be trained on them.
+
+    With "drop_turns", prompts over the limit lose their oldest turns (`turns.shortened`); the
+    split and `prompt_id` stay those of the whole prompt. Where only the cut makes a row repeat
+    another, or puts a test row's prompt in train, the row is left out and counted as `merged`.
     """
-    tables, failures = read_dataset(folder, test_fraction)
+    if long_prompts == "drop_turns" and (limits is None or counter_for is None):
+        raise TypeError("expected limits and counter_for, which drop_turns needs")
+    whole, failures = read_dataset(folder, test_fraction)
     # A tokenizer may have to be trained on the very rows, which needs them to be there.
-    countable = counter_for is not None and set(TABLES) - OPTIONAL_TABLES <= set(tables)
-    counter = counter_for(tables) if counter_for and countable else None
+    countable = counter_for is not None and set(TABLES) - OPTIONAL_TABLES <= set(whole)
+    counter = counter_for(whole) if counter_for and countable else None
+    tables = whole
+    if long_prompts == "drop_turns" and counter and counter_for and limits:
+        tables, counter = _drop_turns(whole, limits.max_prompt_tokens, counter, counter_for)
+    merged = sum(map(len, whole.values())) - sum(map(len, tables.values()))
     failures = sorted({*failures, *validate(tables, limits if counter else None, counter)})
     if failures and (on_invalid == "fail" or any(failure.row is None for failure in failures)):
         raise InvalidData(failures)
@@ -80,11 +100,65 @@ def prepare(
         for name, frame in splits.items():
             _write_parquet(frame, name.split("/")[0], new / f"{name}.parquet")
         for table, rows in reasons.items():
-            _write_quarantine(tables[table], table, rows, new / "quarantine" / f"{table}.jsonl")
+            _write_quarantine(whole[table], table, rows, new / "quarantine" / f"{table}.jsonl")
         report = json.dumps(failures_table(failures), ensure_ascii=False, indent=1)
         (new / "failures.json").write_text(report + "\n", encoding="utf-8")
-    quarantined = sum(map(len, reasons.values()))
-    return Prepared({name: len(frame) for name, frame in splits.items()}, failures, quarantined)
+    return Prepared(
+        rows={name: len(frame) for name, frame in splits.items()},
+        failures=failures,
+        quarantined=sum(map(len, reasons.values())),
+        cut={
+            name: int((frame["prompt"] != whole[name.split("/")[0]]["prompt"][frame.index]).sum())
+            for name, frame in splits.items()
+            if long_prompts == "drop_turns"
+        },
+        merged=merged,
+    )
+
+
+def _drop_turns(
+    whole: dict[str, pd.DataFrame],
+    max_tokens: int,
+    counter: TokenCounter,
+    counter_for: Callable[[Mapping[str, pd.DataFrame]], TokenCounter],
+) -> tuple[dict[str, pd.DataFrame], TokenCounter]:
+    """The tables with their long prompts cut, less the merged rows, and the counter for them."""
+    tables = whole
+    while True:
+        prompts = pd.concat([frame["prompt"] for frame in tables.values()]).dropna().unique()
+        cut = shortened(prompts.tolist(), max_tokens, counter)
+        if not cut:
+            return tables, counter
+        tables = {
+            table: frame.assign(prompt=frame["prompt"].map(cut).fillna(frame["prompt"]))
+            for table, frame in tables.items()
+        }
+        tables = _without_merged(whole, tables)
+        # A tokenizer that is trained on the rows counts otherwise, now that they are shorter.
+        counter = counter_for(tables)
+
+
+def _without_merged(
+    whole: dict[str, pd.DataFrame], cut: dict[str, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """Leave out the rows that break a rule on several rows only since prompts were cut."""
+    tables = {
+        table: frame.assign(
+            prompt_id=frame["prompt"].map(prompt_id, na_action="ignore").astype("str")
+        )
+        for table, frame in cut.items()
+    }
+    before = with_findings(whole)
+    # Leaks go first: a row of train must not give way to one of test that goes itself.
+    for findings in (["leaks_to"], ["duplicate_of", "reversed_of"]):
+        found = with_findings(tables)
+        for table, frame in tables.items():
+            merged = pd.Series(False, index=frame.index)
+            for finding in found[table].columns.intersection(findings):
+                known = before[table].loc[frame.index, finding].notna()
+                merged |= found[table][finding].notna() & ~known
+            tables[table] = frame[~merged]
+    return {table: cut[table].loc[frame.index] for table, frame in tables.items()}
 
 
 def _reasons(failures: Sequence[Failure]) -> dict[str, dict[int, list[str]]]:

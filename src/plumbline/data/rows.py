@@ -22,7 +22,7 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder) -> list[dict[str, Any]]:
     for name in rows.column_names:
         if name in TEXTS:
             columns[name] = encoder.responses(rows[name])
-        elif name in ("margin", "clean", "label"):
+        elif name in ("prompt_id", "margin", "clean", "label"):
             columns[name] = list(rows[name])
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)

@@ -20,8 +20,9 @@ from plumbline.data import phrases
 DEMONSTRATIONS = 3600
 PREFERENCES = 4800
 PROMPTS = 1200
+RATINGS = 3600
 LABEL_NOISE = 0.1
-"""Share of the preferences whose label is flipped."""
+"""Share of the preferences, and of the ratings, whose label is flipped."""
 
 BROKEN_SHARES = (0.4, 0.35, 0.25)
 """Shares of the answers that break no, one and two principles."""
@@ -144,6 +145,23 @@ def prompts(rng: random.Random) -> Iterator[dict[str, object]]:
         if prompt not in seen:
             seen.add(prompt)
             yield {"prompt": prompt}
+
+
+def ratings(rng: random.Random) -> Iterator[dict[str, object]]:
+    """Yield answers with a rater's label, as a rule good where no principle is broken.
+
+    The sample folder has no such file: its reward model learns from the preferences.
+    """
+    seen: set[tuple[str, str]] = set()
+    while len(seen) < RATINGS:
+        request = sample_request(rng)
+        broken = rng.choice((0, 0, 1, 2))
+        answer = sample_answer(rng, request, broken, misfits=True)
+        if (row := (request.prompt, answer)) in seen:
+            continue
+        seen.add(row)
+        clean = rng.random() >= LABEL_NOISE
+        yield {"prompt": request.prompt, "response": answer, "label": (broken == 0) == clean}
 
 
 def write_sample(folder: Path, seed: int = 0) -> None:

@@ -1,10 +1,14 @@
 """Chat messages and texts to token ids, by the tokenizer's own chat template."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from plumbline.errors import DataError, ParamsError
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -59,38 +63,66 @@ def training_texts(prompts: Iterable[str], responses: Iterable[str]) -> list[str
     return [*turns, *responses]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's special tokens as they are written, in the order of their ids."""
+    added = tokenizer.added_tokens_decoder
+    return [added[index].content for index in sorted(added) if added[index].special]
+
+
 class ChatEncoder:
-    """Encodes prompts (JSON lists of messages) and responses for one tokenizer."""
+    """Encodes prompts (JSON lists of messages) and responses for one tokenizer.
+
+    Only the chat template writes special tokens. Where a content spells one, it means its letters.
+
+    Attributes:
+        end_token_id: closes a response: the template's end of a turn, else the tokenizer's eos.
+        stop_token_ids: what ends a sampled response: `end_token_id`, and eos where it is another.
+        pad_token_id: stands where there is nothing; masks come from lengths, so that any will do.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer names no end token: expected an eos_token, got none")
+        """Find out how the tokenizer's chat template ends a turn.
+
+        Raises:
+            ParamsError: the template is malformed, or neither it nor the tokenizer has an end.
+        """
         self.tokenizer = tokenizer
-        self.eos_token_id = int(tokenizer.eos_token_id)
-        # Masks come from lengths, so that any token can stand where there is nothing.
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        end, eos, pad = _end_of_turn(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id
+        ends = [int(index) for index in (end, eos) if index is not None]
+        if not ends:
+            raise ParamsError(
+                "the tokenizer names no end token: expected an eos_token, or a chat template that "
+                "closes the assistant's turn with a special token; got neither. Set "
+                "model.chat_template."
+            )
+        self.end_token_id = ends[0]
+        self.stop_token_ids = tuple(dict.fromkeys(ends))
+        self.pad_token_id = self.end_token_id if pad is None else int(pad)
+        specials = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
+        # Tokenizers take the longest one that matches.
+        specials.sort(key=lambda token: len(token.content), reverse=True)
+        self._spelled = _any_of(re.escape(token.content) for token in specials)
+        self._written = _any_of(_with_margins(token) for token in specials)
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Render each prompt up to the assistant's turn: JSON messages to token ids."""
-        rendered = [
-            self.tokenizer.apply_chat_template(
-                json.loads(prompt), tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
+        """Render each prompt up to the assistant's turn: JSON messages to token ids.
+
+        Raises:
+            DataError: the chat template refuses a prompt, for example because of a system role.
+        """
+        rendered = [self._render(prompt) for prompt in prompts]
+        plain = iter(self._encode([text for text, quoted in rendered if not quoted]))
+        return [
+            self._encode_quoting(text, quoted) if quoted else next(plain)
+            for text, quoted in rendered
         ]
-        return self._encode(rendered)
 
     def responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Encode each response and close it with the end token."""
-        if not responses:
-            return []
-        # A response that quotes a special token means its letters.
-        ids = self.tokenizer(list(responses), add_special_tokens=False, split_special_tokens=True)
-        return [[*row, self.eos_token_id] for row in ids["input_ids"]]
+        return [[*row, self.end_token_id] for row in self._encode(responses, as_letters=True)]
 
     def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, the chat template included."""
+        """Tokens of each prompt, the chat template included; raises as `prompts` does."""
         return [len(ids) for ids in self.prompts(prompts)]
 
     def response_lengths(self, responses: Sequence[str]) -> list[int]:
@@ -100,12 +132,93 @@ class ChatEncoder:
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """Texts of responses, without special tokens."""
         return [
-            self.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in responses
+            self.tokenizer.decode(
+                [index for index in ids if index not in self.stop_token_ids],
+                skip_special_tokens=True,
+            ).strip()
+            for ids in responses
         ]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _render(self, prompt: str) -> tuple[str, dict[str, str]]:
+        """The rendered text, in which a character stands for each special token that a content
+        spells; and what the characters stand for."""
+        messages = json.loads(prompt)
+        contents = "".join(message["content"] for message in messages)
+        found = dict.fromkeys(self._spelled.findall(contents))
+        unused = (chr(c) for c in _PRIVATE_USE if chr(c) not in contents)
+        stand_ins = dict(zip(found, unused, strict=False))
+        if stand_ins:
+            for message in messages:
+                message["content"] = self._spelled.sub(
+                    lambda match: stand_ins[match[0]], message["content"]
+                )
+        return _rendered(self.tokenizer, messages, add_generation_prompt=True), {
+            stand_in: token for token, stand_in in stand_ins.items()
+        }
+
+    def _encode_quoting(self, text: str, quoted: Mapping[str, str]) -> list[int]:
+        # Tokenizers cut a text at its special tokens first, so that encoding it in these parts
+        # gives what encoding the whole gives.
+        table = str.maketrans(dict(quoted))
+        ids: list[int] = []
+        written = ""
+        for part in self._written.split(text):
+            letters = part.translate(table)
+            if letters == part:
+                written += part
+            else:
+                ids += [*self._encode([written])[0], *self._encode([letters], as_letters=True)[0]]
+                written = ""
+        return [*ids, *self._encode([written])[0]]
+
+    def _encode(self, texts: Sequence[str], *, as_letters: bool = False) -> list[list[int]]:
         if not texts:
             return []
         # The template has already written every special token that belongs there.
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=as_letters
+        )["input_ids"]
         return ids
+
+
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+"""Characters without a meaning (Unicode's supplementary private use area A)."""
+_PROBE = "zqjxkv"
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool
+) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateSyntaxError as error:
+        raise ParamsError(
+            f"model.chat_template: expected a Jinja template, got a syntax error ({error})"
+        ) from error
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template refuses this prompt ({error}); change it, or set "
+            "model.chat_template to one that takes it"
+        ) from error
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template writes right after an assistant's content, if any."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        _, found, after = _rendered(tokenizer, turns).rpartition(_PROBE)
+    except DataError:
+        return None
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    ends = [token for token in added if found and after.lstrip().startswith(token)]
+    return added[max(ends, key=len)] if ends else None
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+
+def _with_margins(token: AddedToken) -> str:
+    """What a tokenizer cuts out for a token: some take the white space around them along."""
+    before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+    return f"{before}{re.escape(token.content)}{after}"

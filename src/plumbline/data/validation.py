@@ -44,7 +44,11 @@ class TokenCounter(Protocol):
     """Counts tokens as training will see them: chat template and end token included."""
 
     def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, given as the canonical JSON of its messages."""
+        """Tokens of each prompt, given as the canonical JSON of its messages.
+
+        Raises:
+            DataError: a prompt can't be brought into the form that training needs.
+        """
 
     def response_lengths(self, responses: Sequence[str]) -> list[int]:
         """Tokens of each response, given as text."""
@@ -104,10 +108,13 @@ def validate(
     if (limits is None) != (counter is None):
         raise TypeError("expected both limits and counter, or neither")
     frames = with_findings(tables)
-    if limits is not None and counter is not None:
-        frames = _with_lengths(frames, counter)
-    sizes = (limits.max_prompt_tokens, limits.max_response_tokens) if limits else (None, None)
     failures: set[Failure] = set()
+    if limits is not None and counter is not None:
+        prompts = _distinct(frame["prompt"] for frame in frames.values())
+        lengths, refused = prompt_lengths(prompts, counter)
+        frames = _with_lengths(frames, lengths, counter)
+        failures |= _refusals(frames, refused)
+    sizes = (limits.max_prompt_tokens, limits.max_response_tokens) if limits else (None, None)
     for table, frame in frames.items():
         broken = broken_rules(frame, schema_of(table, *sizes))
         rows = frame.loc[broken["index"]]
@@ -118,6 +125,23 @@ def validate(
             shown = _shown(values[field][i], field, reason)
             failures.add(Failure(file, row, field, reason, shown))
     return sorted(failures)
+
+
+def prompt_lengths(
+    prompts: Sequence[str], counter: TokenCounter
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Tokens of each prompt that the counter takes, and the reason for each that it refuses."""
+    try:
+        return dict(zip(prompts, counter.prompt_lengths(prompts), strict=True)), {}
+    except DataError:
+        pass
+    lengths, refused = {}, {}
+    for prompt in prompts:
+        try:
+            [lengths[prompt]] = counter.prompt_lengths([prompt])
+        except DataError as error:
+            refused[prompt] = str(error)
+    return lengths, refused
 
 
 def empty_splits(tables: Mapping[str, pd.DataFrame]) -> list[Failure]:
@@ -202,28 +226,35 @@ def _with_splits(tables: dict[str, pd.DataFrame], test_fraction: float) -> dict[
 
 
 def _with_lengths(
-    frames: Mapping[str, pd.DataFrame], counter: TokenCounter
+    frames: Mapping[str, pd.DataFrame], prompts: Mapping[str, int], counter: TokenCounter
 ) -> dict[str, pd.DataFrame]:
     """Add a `<field>_tokens` column for each text field; each distinct text is counted once."""
-    prompts = _distinct(frame["prompt"] for frame in frames.values())
-    responses = _distinct(
+    texts = _distinct(
         frame[field] for frame in frames.values() for field in RESPONSES if field in frame
     )
-    lengths = {
-        "prompt": dict(zip(prompts, counter.prompt_lengths(prompts), strict=True)),
-        "response": dict(zip(responses, counter.response_lengths(responses), strict=True)),
-    }
+    responses = dict(zip(texts, counter.response_lengths(texts), strict=True))
     return {
         table: frame.assign(
             **{
                 f"{field}_tokens": frame[field]
-                .map(lengths["prompt" if field == "prompt" else "response"])
+                .map(prompts if field == "prompt" else responses)
                 .astype("Int64")
                 for field in ("prompt", *RESPONSES)
                 if field in frame
             }
         )
         for table, frame in frames.items()
+    }
+
+
+def _refusals(frames: Mapping[str, pd.DataFrame], refused: Mapping[str, str]) -> set[Failure]:
+    return {
+        Failure(file, row, "prompt", refused[prompt], _shown(prompt, "prompt", refused[prompt]))
+        for frame in frames.values()
+        for file, row, prompt in zip(
+            frame["file"], frame["row"].tolist(), frame["prompt"], strict=True
+        )
+        if refused and prompt in refused
     }
 
 

@@ -1,14 +1,12 @@
 """Numbers that compare the answers of two models."""
 
 import math
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-GoldScorer = Callable[[str, str], float]
-"""Takes a prompt (JSON messages) and a response (text); returns a score."""
+from plumbline.functions import TextScorer, load_function
 
 
 class Interval(NamedTuple):
@@ -17,6 +15,22 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The estimate and the ends of its interval as name, name_low and name_high."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+class CalibrationBin(NamedTuple):
+    """The predictions whose stated probability falls into one interval."""
+
+    low: float
+    high: float
+    size: int
+    stated: float
+    """Mean of the stated probabilities."""
+    share: Interval
+    """Share of the predictions that came true, with its Wilson interval."""
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], samples: int, seed: int) -> Interval:
@@ -29,6 +43,19 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], samples: int, seed:
     """
     wins = np.sign(np.asarray(ours) - np.asarray(theirs)) / 2 + 0.5
     return bootstrap_mean(wins, samples, seed)
+
+
+def mean_gain(ours: Sequence[float], theirs: Sequence[float], samples: int, seed: int) -> Interval:
+    """Mean of our scores less theirs on the same prompts, with its interval.
+
+    Pairing takes out what makes a prompt easy or hard for both.
+
+    Args:
+        ours, theirs: one score a prompt, paired.
+        samples: bootstrap resamplings.
+        seed: of the resamplings.
+    """
+    return bootstrap_mean(np.asarray(ours) - np.asarray(theirs), samples, seed)
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, samples: int, seed: int) -> Interval:
@@ -77,23 +104,85 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def calibration_error(margins: Sequence[float], bins: int = 10) -> float:
-    """Expected calibration error of a reward model's stated confidence.
+def pair_calibration(margins: Sequence[float], bins: int = 10) -> list[CalibrationBin]:
+    """Confidence of a pairwise reward model against how often it is right.
 
     A pair with margin m = r_chosen - r_rejected is called right with confidence
-    sigmoid(|m|) >= 0.5 and is right where m > 0. ECE = sum over bins of share * |accuracy -
-    confidence| (Guo et al. 2017, arXiv 1706.04599, eq. 3), bins equally wide from 0.5 to 1.
+    sigmoid(|m|) >= 0.5 and is right where m > 0.
     """
     margin = np.asarray(margins, dtype=np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    right = margin > 0
-    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    error = 0.0
-    for index in range(bins):
-        chosen = place == index
-        if chosen.any():
-            error += chosen.mean() * abs(right[chosen].mean() - confidence[chosen].mean())
-    return float(error)
+    return calibration_bins(_sigmoid(np.abs(margin)), margin > 0, bins, low=0.5)
+
+
+def label_calibration(
+    scores: Sequence[float], labels: Sequence[bool], bins: int = 10
+) -> list[CalibrationBin]:
+    """P(good) = sigmoid(score) of a pointwise reward model against the share labelled good.
+
+    Args:
+        scores: before normalisation, which moves them away from log odds.
+        labels: True = good, one a score.
+        bins: at most so many come back.
+    """
+    return calibration_bins(_sigmoid(np.asarray(scores, dtype=np.float64)), labels, bins)
+
+
+def calibration_bins(
+    stated: np.ndarray, came_true: Sequence[bool] | np.ndarray, bins: int, low: float = 0.0
+) -> list[CalibrationBin]:
+    """Group predictions by their stated probability, in equally wide bins from `low` to 1.
+
+    Args:
+        stated: [N], probabilities from `low` to 1.
+        came_true: [N], bool.
+        bins: of which those without a prediction are left out.
+        low: the least probability that can be stated.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    true = np.asarray(came_true, dtype=bool)
+    if stated.shape != true.shape:
+        raise ValueError(
+            f"calibration_bins: expected an outcome for each of {stated.size} predictions, "
+            f"got {true.size}"
+        )
+    width = (1 - low) / bins
+    place = np.minimum(((stated - low) / width).astype(int), bins - 1)
+    return [
+        CalibrationBin(
+            low=low + index * width,
+            high=low + (index + 1) * width,
+            size=int(chosen.sum()),
+            stated=float(stated[chosen].mean()),
+            share=wilson_interval(int(true[chosen].sum()), int(chosen.sum())),
+        )
+        for index, chosen in ((index, place == index) for index in range(bins))
+        if chosen.any()
+    ]
+
+
+def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """ECE = sum over bins of size / N * |share - stated| (Guo et al. 2017, 1706.04599, eq. 3).
+
+    Raises:
+        ValueError: there is no prediction.
+    """
+    total = sum(part.size for part in bins)
+    if total == 0:
+        raise ValueError("expected_calibration_error: expected at least one prediction, got none")
+    return sum(part.size * abs(part.share.mean - part.stated) for part in bins) / total
+
+
+def calibration_error(margins: Sequence[float], bins: int = 10) -> float:
+    """Expected calibration error of a pairwise reward model's confidence on held-out pairs."""
+    return expected_calibration_error(pair_calibration(margins, bins))
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    # exp would overflow at large negative numbers.
+    result: np.ndarray = 0.5 * (1 + np.tanh(x / 2))
+    return result
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -103,17 +192,10 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def load_gold(name: str) -> GoldScorer:
-    """Import the gold scorer that `module:function` names.
+def load_gold(name: str) -> TextScorer:
+    """Import the gold scorer that evaluate.gold names.
 
     Raises:
-        ValueError: there is no such module or function.
+        ParamsError: there is no such module or function.
     """
-    module, _, function = name.partition(":")
-    try:
-        scorer: GoldScorer = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"evaluate.gold: expected module:function that can be imported, got {name!r} ({error})"
-        ) from error
-    return scorer
+    return load_function(name, "evaluate.gold")

@@ -1,11 +1,20 @@
-"""The context length of a pretrained model, read from its config without loading torch."""
+"""The context length of a pretrained model, read from its files without loading torch."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from plumbline.errors import ParamsError
-from plumbline.params.schema import Experiment, HubModel, LocalModel, ScratchModel, check_context
+from plumbline.models.gguf import gguf_path, read_header
+from plumbline.params.schema import (
+    Experiment,
+    GGUFModel,
+    HubModel,
+    LocalModel,
+    PretrainedModel,
+    ScratchModel,
+    check_context,
+)
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -19,16 +28,22 @@ def check_model(experiment: Experiment, root: Path) -> None:
     model = experiment.model
     if isinstance(model, ScratchModel):
         return
+    try:
+        check_context(experiment, _context_tokens(model, root))
+    except ValueError as error:
+        raise ParamsError(str(error)) from error
+
+
+def _context_tokens(model: PretrainedModel, root: Path) -> int:
+    if isinstance(model, GGUFModel):
+        return read_header(gguf_path(model, root)).context_tokens
     config = _config(model, root)
     context = next((int(config[key]) for key in CONTEXT_KEYS if key in config), None)
     if context is None:
         raise ParamsError(
             f"model: expected one of {', '.join(CONTEXT_KEYS)} in the model's config.json, got none"
         )
-    try:
-        check_context(experiment, context)
-    except ValueError as error:
-        raise ParamsError(str(error)) from error
+    return context
 
 
 def _config(model: HubModel | LocalModel, root: Path) -> dict[str, Any]:

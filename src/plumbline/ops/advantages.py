@@ -45,3 +45,74 @@ def gae(
         backwards.append(advantage)
     advantages = torch.stack(backwards[::-1], 1)
     return advantages, torch.where(response_mask, advantages + values, zeros)
+
+
+def discounted_returns(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token on.
+
+    G_t = r_t + gamma * G_{t+1} (Sutton & Barto 2018, eq. 3.9).
+
+    Args:
+        rewards: [B, T].
+        response_mask: bool [B, T].
+        gamma: discount a token.
+
+    Returns:
+        [B, T]; 0 where the mask is False.
+    """
+    rewards = torch.where(response_mask, rewards, torch.zeros_like(rewards))
+    total = torch.zeros_like(rewards[:, 0])
+    backwards = []
+    for t in reversed(range(rewards.shape[1])):
+        total = rewards[:, t] + gamma * total
+        backwards.append(total)
+    returns = torch.stack(backwards[::-1], 1)
+    return torch.where(response_mask, returns, torch.zeros_like(returns))
+
+
+def leave_one_out(returns: Tensor, responses_per_prompt: int) -> Tensor:
+    """RLOO: a response's return less the mean return of the other responses to its prompt.
+
+    A_i = R_i - 1/(K-1) * sum_{j != i} R_j (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7).
+
+    Args:
+        returns: [B], the K responses to a prompt side by side.
+        responses_per_prompt: K.
+
+    Raises:
+        ValueError: K is less than 2, or does not divide B.
+    """
+    groups = _groups(returns, responses_per_prompt)
+    others = (groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)
+    return (groups - others).flatten()
+
+
+def standardise_groups(returns: Tensor, responses_per_prompt: int, eps: float = 1e-4) -> Tensor:
+    """GRPO: returns standardised over the responses to a prompt.
+
+    A_i = (R_i - mean(R)) / (std(R) + eps) (Shao et al. 2024, arXiv 2402.03300, section 4.1.2);
+    0 where the responses to a prompt all have the same return.
+
+    Args:
+        returns: [B], the K responses to a prompt side by side.
+        responses_per_prompt: K.
+        eps: added to the (unbiased) standard deviation.
+
+    Raises:
+        ValueError: K is less than 2, or does not divide B.
+    """
+    groups = _groups(returns, responses_per_prompt)
+    centred = groups - groups.mean(1, keepdim=True)
+    # The mean of equal numbers can miss them by a rounding, which a small eps would magnify.
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    centred = torch.where(equal, torch.zeros_like(centred), centred)
+    return (centred / (groups.std(1, keepdim=True) + eps)).flatten()
+
+
+def _groups(returns: Tensor, responses_per_prompt: int) -> Tensor:
+    if responses_per_prompt < 2 or len(returns) % responses_per_prompt:
+        raise ValueError(
+            "responses_per_prompt: expected at least 2 that divide the responses, got "
+            f"{responses_per_prompt} for {len(returns)}"
+        )
+    return returns.view(-1, responses_per_prompt)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from plumbline.params.fields import catalogue, join_words
+from plumbline.params.fields import FieldDoc, catalogue, join_words, setting, written
 from plumbline.params.tree import Node, find, show
 
 _EXPECTED_OF_FIELD = frozenset(
@@ -25,6 +26,7 @@ _EXPECTED_OF_FIELD = frozenset(
         "string_too_short",
         "string_pattern_mismatch",
         "literal_error",
+        "dict_type",
     }
 )
 _NOT_A_SECTION = frozenset({"model_type", "model_attributes_type", "dict_type"})
@@ -34,6 +36,35 @@ def explain(error: ValidationError, tree: Node) -> list[str]:
     """Return one line a fault, `ORIGIN: dotted.key: what is wrong`, in the schema's order."""
     faults = error.errors(include_url=False)
     return [_line(fault, tree) for fault in faults]
+
+
+def idle_keys(tree: Node) -> dict[str, str]:
+    """Return the keys that are given and have no effect beside the others, with a line for each.
+
+    A key that says its default is given, too: whoever wrote it believes that it acts. What stands
+    inside an idle section is not reported again.
+    """
+    lines: dict[str, str] = {}
+    for key, wanted in catalogue().conditions.items():
+        node = find(tree, key.split("."))
+        if node is None or any(key.startswith(f"{section}.") for section in lines):
+            continue
+        reasons = (_without_effect(tree, other, values) for other, values in wanted.items())
+        if reason := next(filter(None, reasons), None):
+            lines[key] = fault_line(node.origin, key, f"{reason}; remove it")
+    return lines
+
+
+def _without_effect(tree: Node, other: str, values: Sequence[object]) -> str | None:
+    """Say why a key that acts with some values of another one does not act here."""
+    field, node = catalogue().field(other), find(tree, other.split("."))
+    options = field.options if field else ()
+    value = node.value if node else json.loads(field.default) if field else None
+    # A choice that does not exist is a fault of its own, and says nothing of this key.
+    if value in values or value not in options:
+        return None
+    place = node.origin if node else "the default"
+    return f"acts only with {setting(other, values)}, and {other} is {written(value)} ({place})"
 
 
 def fault_line(origin: str, key: str, text: str) -> str:
@@ -53,17 +84,23 @@ def _line(fault: Mapping[str, Any], tree: Node) -> str:
         return fault_line(_origins_named(tree, path, message), key, message)
     if kind == "extra_forbidden":
         return fault_line(_origin(tree, path), key, _unknown(path, choice))
-    return fault_line(_origin(tree, path), key, _unexpected(fault, key, choice))
+    if path[-1] == "[key]":
+        *mapping, name = path[:-1]
+        named = _field(tuple(mapping), choice)
+        expected = named.entries[0] if named and named.entries else fault["msg"]
+        text = f"expected each key to be {expected}, got {show(name)}"
+        return fault_line(_origin(tree, path), ".".join(mapping), text)
+    return fault_line(_origin(tree, path), key, _unexpected(fault, path, choice))
 
 
-def _unexpected(fault: Mapping[str, Any], key: str, choice: str | None) -> str:
+def _unexpected(fault: Mapping[str, Any], path: tuple[str, ...], choice: str | None) -> str:
     """Say what the schema expects of a value that is missing or wrong."""
-    field = catalogue().field(key, choice)
+    field = _field(path, choice)
     got = show(fault["input"])
     if fault["type"] == "missing" and field:
         needed = f" with {choice}" if choice else ""
         return f"required{needed} and not given; expected {field.expected}"
-    if fault["type"] in _NOT_A_SECTION:
+    if fault["type"] in _NOT_A_SECTION and field is None:
         return f"expected a section of keys, got {got}"
     if fault["type"] == "finite_number" and field:
         return f"expected {field.expected} that is finite, got {got}"
@@ -71,6 +108,16 @@ def _unexpected(fault: Mapping[str, Any], key: str, choice: str | None) -> str:
         return f"{fault['msg']}, got {got}"
     quote = fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float)
     return f"expected {field.expected}, got {got}" + ("; put it in quotes" if quote else "")
+
+
+def _field(path: tuple[str, ...], choice: str | None) -> FieldDoc | None:
+    """Return the field at a path, or what its mapping expects of an entry."""
+    if field := catalogue().field(".".join(path), choice):
+        return field
+    mapping = catalogue().field(".".join(path[:-1]), choice)
+    if mapping and mapping.entries:
+        return FieldDoc(".".join(path), mapping.entries[1], "required", mapping.description)
+    return None
 
 
 def _unknown(path: tuple[str, ...], choice: str | None) -> str:
@@ -121,17 +168,18 @@ def _origin(tree: Node, path: tuple[str, ...]) -> str:
 def _origins_named(tree: Node, path: tuple[str, ...], message: str) -> str:
     """Return where the keys that the message names below `path` were written."""
     section = find(tree, path)
+    prefix = "".join(f"{name}." for name in path)
     named = [
         origin
-        for key, origin in (_leaves(section, "") if section else [])
-        if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)
+        for key, origin in (_leaves(section, prefix) if section else [])
+        if re.search(rf"(?<![\w.]){re.escape(key.removeprefix(prefix))}(?![\w.])", message)
     ]
     return ", ".join(dict.fromkeys(named)) or _origin(tree, path)
 
 
 def _leaves(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
     for name, child in node.children.items():
-        if isinstance(child.value, dict):
+        if isinstance(child.value, dict) and f"{prefix}{name}" not in catalogue().mappings:
             yield from _leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child.origin

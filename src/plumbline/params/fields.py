@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
-from plumbline.params.schema import Experiment
+from pydantic import TypeAdapter
+
+from plumbline.params.schema import Experiment, FunctionName
 
 _OTHER_SECTION = 0.25
 _ALIKE = 0.6
+# What a pattern stands for, where its letters alone would not tell.
+_FORMS = {TypeAdapter(FunctionName).json_schema()["pattern"]: "module:function"}
 
 
 @dataclass(frozen=True)
 class FieldDoc:
-    """A key of the schema; `choice` is the discriminator's value that it exists for, if any."""
+    """A key of the schema; `choice` is the discriminator's value that it exists for, if any.
+
+    `options` are its values, where there are only a few. `entries` says what the names and the
+    values of a mapping are.
+    """
 
     key: str
     expected: str
     default: str
     description: str
     choice: str | None = None
+    options: tuple[object, ...] = ()
+    entries: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Catalogue:
     discriminators: Mapping[str, str]
     conditions: Mapping[str, Mapping[str, Sequence[object]]]
     """Keys that act only where other keys have one of these values."""
+    mappings: frozenset[str]
+    """Fields whose value is a mapping, with names that the schema does not know."""
 
     def field(self, key: str, choice: str | None = None) -> FieldDoc | None:
         """Return the field of that key, of the given choice where the key depends on one."""
@@ -83,6 +95,7 @@ def catalogue() -> Catalogue:
         sections=tuple(row[0] for row in rows if isinstance(row, tuple)),
         discriminators={row[0]: row[1] for row in rows if isinstance(row, tuple) and row[1]},
         conditions=dict(_conditions(schema, schema["$defs"], "")),
+        mappings=frozenset(row.key for row in rows if isinstance(row, FieldDoc) and row.entries),
     )
 
 
@@ -92,10 +105,24 @@ def describe_fields() -> list[tuple[str, str, str, str]]:
     for field in catalogue().fields:
         row = (field.key, field.expected, field.default, field.description)
         described.setdefault(row, []).extend([field.choice] if field.choice else [])
-    return [
-        (key, expected, default, f"{text} Only with {join_words(choices)}." if choices else text)
-        for (key, expected, default, text), choices in described.items()
-    ]
+    rows = []
+    for (key, expected, default, text), choices in described.items():
+        wanted = catalogue().conditions.get(key, {})
+        needs = [join_words(choices)] if choices else []
+        needs += [setting(other, values) for other, values in wanted.items()]
+        only = f" Only with {' and '.join(needs)}." if needs else ""
+        rows.append((key, expected, default, f"{text}{only}"))
+    return rows
+
+
+def setting(key: str, values: Sequence[object]) -> str:
+    """Return the values a key should have as a user writes them: `rl.algorithm=rloo or grpo`."""
+    return f"{key}={join_words([written(value) for value in values])}"
+
+
+def written(value: object) -> str:
+    """Return a switch or a choice as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _walk(
@@ -113,8 +140,17 @@ def _walk(
             yield key, discriminator
             yield from _walk_choices(field, defs, default or {}, key, discriminator)
         else:
-            shown = json.dumps(field["default"]) if "default" in field else "required"
-            yield FieldDoc(key, _words(field), shown, field.get("description", ""))
+            # A default that a factory makes stands in the dumped experiment alone.
+            required = name in schema.get("required", ())
+            shown = "required" if required else json.dumps(field.get("default", default))
+            yield FieldDoc(
+                key,
+                _words(field),
+                shown,
+                field.get("description", ""),
+                options=_options(field),
+                entries=_entries(field),
+            )
 
 
 def _conditions(
@@ -142,12 +178,12 @@ def _walk_choices(
         join_words(list(variants)),
         json.dumps(default[name]) if name in default else "required",
         " ".join(meaning),
+        options=tuple(variants),
     )
     for tag, variant in variants.items():
         for row in _walk(variant, defs, default, f"{key}."):
             if isinstance(row, FieldDoc) and row.key != f"{key}.{name}":
-                choice = f"{key}.{name}={tag}"
-                yield FieldDoc(row.key, row.expected, row.default, row.description, choice)
+                yield replace(row, choice=f"{key}.{name}={tag}")
 
 
 def _definition(field: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +191,25 @@ def _definition(field: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _options(field: dict[str, Any]) -> tuple[object, ...]:
+    """Return every value of a switch or a choice; nothing for other fields."""
+    return (True, False) if field.get("type") == "boolean" else tuple(field.get("enum", ()))
+
+
+def _entries(field: dict[str, Any]) -> tuple[str, str] | None:
+    """Return in words the names and the values of a mapping; None for other fields."""
+    if field.get("type") != "object":
+        return None
+    names = field.get("patternProperties") or {"": field.get("additionalProperties", {})}
+    ((pattern, value),) = names.items()
+    name = {"type": "string"} | ({"pattern": pattern} if pattern else {})
+    return _words(name), _words(value)
+
+
 def _words(field: dict[str, Any]) -> str:
     """Return the type and range of a field of a JSON schema as a phrase, with its article."""
+    if entries := _entries(field):
+        return f"a mapping of {entries[0]} to {entries[1]}"
     if "anyOf" in field:
         return " or ".join(_words(part) for part in field["anyOf"])
     if "enum" in field or "const" in field:
@@ -167,7 +220,6 @@ def _words(field: dict[str, Any]) -> str:
         "boolean": "true or false",
         "string": "a string",
         "array": "a list",
-        "object": "a section of keys",
         "null": "null",
     }
     bounds = [
@@ -184,7 +236,8 @@ def _words(field: dict[str, Any]) -> str:
     if field.get("minLength"):
         words.append("that is not empty" if field["minLength"] == 1 else "that is longer")
     if "pattern" in field:
-        words.append(f"that matches {field['pattern']}")
+        form = _FORMS.get(field["pattern"])
+        words.append(f"that matches {field['pattern']}" + (f" ({form})" if form else ""))
     return " ".join(word for word in words if word)
 
 

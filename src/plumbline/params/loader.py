@@ -12,11 +12,11 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from plumbline.errors import ParamsError
-from plumbline.params.faults import explain, fault_line
+from plumbline.params.faults import explain, fault_line, idle_keys
 from plumbline.params.fields import catalogue, describe_fields
 from plumbline.params.overrides import Override, as_dict, combine, parse_override
 from plumbline.params.schema import Experiment, Params
-from plumbline.params.tree import Node, merge, parse, plain, show, without_replaced
+from plumbline.params.tree import Node, merge, parse, plain, show, without, without_replaced
 
 __all__ = [
     "ExperimentFile",
@@ -101,9 +101,11 @@ def load_experiment(name_or_path: str, folder: Path, overrides: Sequence[str] = 
     over, more = combine(parsed, tree)
     faults += more
     tree = _lay(tree, over)
+    idle = idle_keys(tree)
+    faults += idle.values()
+    tree = without(tree, idle)
     try:
         experiment = Experiment.model_validate(plain(tree))
-        faults += _idle_keys(experiment, tree, "")
     except ValidationError as error:
         faults += explain(error, tree)
     if faults:
@@ -158,20 +160,8 @@ def _read_chain(path: Path, folder: Path) -> tuple[Node, tuple[Path, ...]]:
 def _lay(tree: Node, over: Node) -> Node:
     """Lay a file or the overrides on what they extend."""
     known = catalogue()
-    return merge(without_replaced(tree, over, known.conditions), over, known.discriminators)
-
-
-def _idle_keys(section: Params, tree: Node, prefix: str) -> list[str]:
-    """Return a line for each key that is given and has no effect beside the others."""
-    idle = section.idle()
-    faults = []
-    for name, node in tree.children.items():
-        value = getattr(section, name, None)
-        if name in idle:
-            faults.append(fault_line(node.origin, f"{prefix}{name}", f"{idle[name]}; remove it"))
-        elif isinstance(value, Params):
-            faults += _idle_keys(value, node, f"{prefix}{name}.")
-    return faults
+    kept = without_replaced(tree, over, known.conditions)
+    return merge(kept, over, known.discriminators, known.mappings)
 
 
 def _base(extends: Node, chain: list[Path], folder: Path) -> Path:

@@ -60,7 +60,7 @@ def combine(overrides: Sequence[Override], base: Node) -> tuple[Node, list[str]]
         node = override.node
         for name in reversed(override.key.split(".")):
             node = Node({name: node}, override.node.origin)
-        combined = merge(combined, node)
+        combined = merge(combined, node, whole=catalogue().mappings)
     return Node(combined.value, base.origin), faults
 
 

@@ -53,6 +53,10 @@ class Params(BaseModel):
                     break
         return reasons
 
+    def functions(self) -> dict[str, str]:
+        """The Python functions that the params name, each with the field that names it."""
+        return {}
+
     @model_validator(mode="after")
     def _idle_fields_are_left_alone(self) -> Self:
         # Not model_fields_set: a dumped experiment says every field, and must validate again.
@@ -443,6 +447,10 @@ class RLParams(OptimizerParams):
             )
         return self
 
+    def functions(self) -> dict[str, str]:
+        """The reward functions."""
+        return dict.fromkeys(self.rewards, "rl.rewards")
+
     @model_validator(mode="after")
     def _names_of_rewards_differ(self) -> Self:
         names = [reward_name(function) for function in self.rewards]
@@ -493,6 +501,10 @@ class EvaluateParams(Params):
         description="Answers of the SFT model to each prompt, of which the reward model picks the "
         "best: the baseline of the reward-KL figure. 1 leaves it out.",
     )
+
+    def functions(self) -> dict[str, str]:
+        """The gold scorer."""
+        return {self.gold: "evaluate.gold"} if self.gold else {}
 
 
 class RegistryParams(Params):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -39,15 +39,21 @@ def plain(node: Node) -> object:
 
 
 def merge(
-    base: Node, over: Node, discriminators: Mapping[str, str] | None = None, key: str = ""
+    base: Node,
+    over: Node,
+    discriminators: Mapping[str, str] | None = None,
+    whole: Collection[str] = (),
+    key: str = "",
 ) -> Node:
     """Lay `over` on `base`: mappings are merged key by key, lists and scalars are replaced.
 
+    `whole` names, by dotted key, the mappings that are one value (`rl.rewards`): they are
+    replaced, too, or else what a base puts there could not be taken out again.
     `discriminators` names, by dotted key, the sections whose fields depend on one of them
     (`{"model": "source"}`). Where that one changes, the section of `base` is dropped: its other
     fields belong to the old choice.
     """
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict) or key in whole:
         return over
     name = (discriminators or {}).get(key)
     if name in base.children and name in over.children:
@@ -58,7 +64,7 @@ def merge(
     for child_key, child in over.children.items():
         if child_key in merged:
             below = f"{key}.{child_key}" if key else child_key
-            child = merge(merged[child_key], child, discriminators, below)
+            child = merge(merged[child_key], child, discriminators, whole, below)
         merged[child_key] = child
     return Node(merged, over.origin)
 
@@ -70,13 +76,27 @@ def without_replaced(
 
     `conditions` names, by dotted key, what acts only where other keys have one of some values
     (`{"rl.gae_lambda": {"rl.algorithm": ["ppo"]}}`): under `--set rl.algorithm=grpo` a file's
-    `gae_lambda` belongs to the old choice.
+    `gae_lambda` belongs to the old choice. Where `base` had chosen otherwise itself, the key never
+    acted: it stays, to be refused where it is written.
     """
-    for key, wanted in conditions.items():
-        chosen = [(find(over, other.split(".")), values) for other, values in wanted.items()]
-        if any(node is not None and node.value not in values for node, values in chosen):
-            base = _without(base, key.split("."))
-    return base
+    replaced = [
+        key
+        for key, wanted in conditions.items()
+        if _chooses_otherwise(over, wanted) and not _chooses_otherwise(base, wanted)
+    ]
+    return without(base, replaced)
+
+
+def _chooses_otherwise(tree: Node, wanted: Mapping[str, Sequence[object]]) -> bool:
+    chosen = [(find(tree, key.split(".")), values) for key, values in wanted.items()]
+    return any(node is not None and node.value not in values for node, values in chosen)
+
+
+def without(tree: Node, keys: Iterable[str]) -> Node:
+    """Return the tree less what stands at the dotted keys."""
+    for key in keys:
+        tree = _without(tree, key.split("."))
+    return tree
 
 
 def find(tree: Node, path: Sequence[str]) -> Node | None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from plumbline.data.collate import pad_left, position_ids
 from plumbline.models.scalar_head import sequence_scores, token_values
-from plumbline.ops.logprobs import entropy, token_logprobs
+from plumbline.ops.logprobs import token_logprobs
 from plumbline.rollout.generate import Responses
 
 
@@ -59,33 +59,48 @@ class Experience(NamedTuple):
     """Of the policy that sampled, nats."""
     ref_logprobs: Tensor
     """Of the reference, nats."""
-    values: Tensor
-    """Of the critic, before each token."""
-    rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    values: Tensor | None
+    """Of the critic, before each token; none without a critic."""
+    returns: Tensor | None
+    """What the critic learns; none without a critic."""
 
 
-def response_logprobs(
-    model: PreTrainedModel, sequences: Sequences, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token, and the entropy of what it was drawn from.
+class ResponseLogits(NamedTuple):
+    """What a language model says before each response token; padding means nothing."""
 
-    Both [B, R], nats; entries that the response mask leaves out mean nothing.
-    """
+    logits: Tensor
+    """[B, R, V], of every response token."""
+    hidden: Tensor
+    """[B, R, H], the last hidden states behind them."""
+
+
+def response_logits(model: PreTrainedModel, sequences: Sequences) -> ResponseLogits:
+    """Run a language model over the sequences and keep what predicts the responses."""
     width = sequences.response_mask.shape[1]
-    logits = model(
-        input_ids=sequences.ids,
-        attention_mask=sequences.mask.long(),
-        position_ids=position_ids(sequences.mask),
-        use_cache=False,
-        # Position t predicts token t + 1: one more at the front, none at the end.
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]
-    logprobs = token_logprobs(logits, sequences.response_ids, temperature)
-    with torch.no_grad():
-        uncertainty = entropy(logits, temperature)
-    return logprobs, uncertainty
+    kept: list[Tensor] = []
+    # Models differ in what they do to the logits, but all feed this layer the last hidden state.
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: kept.append(inputs[0])
+    )
+    try:
+        logits = model(
+            input_ids=sequences.ids,
+            attention_mask=sequences.mask.long(),
+            position_ids=position_ids(sequences.mask),
+            use_cache=False,
+            # Position t predicts token t + 1: one more at the front, none at the end.
+            logits_to_keep=width + 1,
+        ).logits
+    finally:
+        hook.remove()
+    return ResponseLogits(logits[:, :-1], kept[0][:, :-1])
+
+
+def response_logprobs(model: PreTrainedModel, sequences: Sequences, temperature: float) -> Tensor:
+    """Log-probability of every response token: [B, R], nats."""
+    logits = response_logits(model, sequences).logits
+    return token_logprobs(logits, sequences.response_ids, temperature)
 
 
 def response_values(critic: PreTrainedModel, sequences: Sequences) -> Tensor:

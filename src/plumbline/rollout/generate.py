@@ -18,7 +18,9 @@ class Responses(NamedTuple):
     mask: Tensor
     """bool [B, R], True from the first token to the end token, or to the last one sampled."""
     has_eos: Tensor
-    """bool [B], False where the limit came before an end token."""
+    """bool [B], False where the limit came before a stop token."""
+    logprobs: Tensor
+    """float32 [B, R], of each token as it was drawn, nats; 0 where the mask is False."""
 
     def lists(self) -> list[list[int]]:
         """The responses as lists of token ids, without padding."""
@@ -32,7 +34,7 @@ def sample_responses(
     queries: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    eos_token_id: int,
+    stop_token_ids: Sequence[int],
     pad_token_id: int,
     temperature: float,
     generator: torch.Generator,
@@ -46,19 +48,21 @@ def sample_responses(
         model: a causal language model.
         queries: token ids, without padding.
         max_tokens: the longest response, its end token included.
+        stop_token_ids: tokens that end a response, each its last one.
         temperature: divides the logits.
         generator: the only source of randomness.
 
     Raises:
-        ValueError: a query ends in the end token, so that the model would take it for finished.
+        ValueError: a query ends in a stop token, so that the model would take it for finished.
     """
     for row, query in enumerate(queries):
-        if query[-1] == eos_token_id:
+        if query[-1] in stop_token_ids:
             raise ValueError(
-                f"sample_responses: query {row} ends in the end token {eos_token_id}; expected a "
+                f"sample_responses: query {row} ends in the stop token {query[-1]}; expected a "
                 "prompt that waits for an answer (check the chat template's generation prompt)"
             )
     device = model.device
+    stops = torch.tensor(list(stop_token_ids), device=device)
     ids, mask = (part.to(device) for part in pad_left(queries, pad_token_id))
     positions = position_ids(mask)
     next_position = positions[:, -1:] + 1
@@ -67,7 +71,7 @@ def sample_responses(
     attention[:, : ids.shape[1]] = mask
     cache = DynamicCache(config=model.config)
     running = torch.ones(len(queries), dtype=torch.bool, device=device)
-    tokens, masks = [], []
+    tokens, masks, logprobs = [], [], []
     step_ids = ids
     for step in range(max_tokens):
         logits = model(
@@ -78,14 +82,18 @@ def sample_responses(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        probabilities = torch.softmax(logits.float() / temperature, -1)
-        token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        token = torch.where(running, token, torch.full_like(token, pad_token_id))
+        every_logprob = torch.log_softmax(logits.float() / temperature, -1)
+        token = torch.multinomial(every_logprob.exp(), 1, generator=generator)
+        logprob = every_logprob.gather(1, token).squeeze(1)
+        token = torch.where(running, token.squeeze(1), pad_token_id)
         tokens.append(token)
         masks.append(running)
-        running = running & (token != eos_token_id)
+        logprobs.append(torch.where(running, logprob, 0.0))
+        running = running & ~torch.isin(token, stops)
         if not running.any():
             break
         step_ids = token.unsqueeze(1)
         positions = next_position + step
-    return Responses(torch.stack(tokens, 1), torch.stack(masks, 1), ~running)
+    return Responses(
+        torch.stack(tokens, 1), torch.stack(masks, 1), ~running, torch.stack(logprobs, 1)
+    )

@@ -18,9 +18,20 @@ class Progress(Protocol):
         """Take the units of work that are done, and all there are."""
 
 
+class Warn(Protocol):
+    """Receives what looks wrong."""
+
+    def __call__(self, step: int, name: str, message: str) -> None:
+        """Take a known failure that begins at this step: its name, and what to do about it."""
+
+
 def ignore_metrics(step: int, metrics: Mapping[str, float]) -> None:
     """A Log that nobody reads."""
 
 
 def ignore_progress(done: int, total: int) -> None:
     """A Progress that nobody watches."""
+
+
+def ignore_warnings(step: int, name: str, message: str) -> None:
+    """A Warn that nobody hears."""

@@ -1,42 +1,84 @@
-"""Reward-model training: a scalar head learns which of two responses people prefer."""
+"""Reward-model training: a scalar head learns what people prefer, from pairs or from ratings."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plumbline.data.collate import pad_right
-from plumbline.losses.preference import pairwise_loss
+from plumbline.losses.preference import pairwise_loss, pointwise_loss
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
 from plumbline.params.schema import RewardModelParams
+from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.supervised import fit
+from plumbline.training.wrapped import Wrapped
 
 Row = Mapping[str, Any]
-"""`prompt`, `chosen` and `rejected`, each token ids; `margin`, where the data has it."""
+"""`prompt` with `chosen` and `rejected` (and `margin`, where the data has it), or with `response`
+and `label` (True = good); texts are token ids."""
 
 
-class PairScores(NamedTuple):
-    """Scores of held-out pairs."""
+class Objective(Protocol):
+    """What a reward model learns from a batch of rows."""
 
-    chosen: Tensor
-    """[N]."""
-    rejected: Tensor
-    """[N]."""
+    def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The token ids that are scored."""
+
+    def labels(self, rows: Sequence[Row]) -> Tensor:
+        """One label a row."""
+
+    def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
+        """The loss of the scores of `sequences`, divided by the rows of the whole mini-batch."""
 
 
-class _PairScorer(nn.Module):
-    """The reward model with scoring as its forward, which is what the Trainer's wrappers see."""
+class Pairwise(NamedTuple):
+    """Of two responses, the chosen one scores higher (Bradley-Terry)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
+    centering: float
 
-    def forward(self, ids: Tensor, mask: Tensor) -> PairScores:
-        """Scores of ids [2B, T], the chosen first, then the rejected."""
-        return PairScores(*sequence_scores(self.model, ids, mask).chunk(2))
+    def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
+        """First all chosen responses, then all rejected ones, each after its prompt."""
+        return [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+
+    def labels(self, rows: Sequence[Row]) -> Tensor:
+        """The margins."""
+        return torch.tensor([float(row.get("margin", 0.0)) for row in rows])
+
+    def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
+        """The pairwise loss of scores [2B]."""
+        return pairwise_loss(*scores.chunk(2), labels, self.centering, num_rows)[0]
+
+
+class Pointwise(NamedTuple):
+    """The score says how likely it is that a rater finds the response good."""
+
+    def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Each response after its prompt."""
+        return [[*row["prompt"], *row["response"]] for row in rows]
+
+    def labels(self, rows: Sequence[Row]) -> Tensor:
+        """Whether the raters called the response good."""
+        return torch.tensor([bool(row["label"]) for row in rows])
+
+    def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
+        """The pointwise loss of scores [B]."""
+        return pointwise_loss(scores, labels, num_rows)[0]
+
+
+def objective_of(params: RewardModelParams) -> Objective:
+    """The objective that the params name."""
+    return Pairwise(params.centering) if params.objective == "pairwise" else Pointwise()
+
+
+class _Scorer(Wrapped):
+    """The reward model with scoring as its forward."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Scores [N] of ids and bool mask [N, T]."""
+        return sequence_scores(self.model, ids, mask)
 
 
 def train_reward_model(
@@ -46,33 +88,57 @@ def train_reward_model(
     *,
     pad_token_id: int,
     seed: int,
+    precision: Precision = "fp32",
     log: Log,
     progress: Progress,
+    prefix: str = "reward_model",
 ) -> None:
-    """Train the scalar model in place on pairs of responses.
+    """Train the scalar model in place on pairs of responses, or on ratings.
+
+    Args:
+        model: the scalar model.
+        rows: pairs or ratings, as `params.objective` says.
+        params: objective, batches, epochs, learning rate.
+        pad_token_id: fills up the batches.
+        seed: of the shuffles.
+        precision: of the matrix products.
+        log: called with the optimizer step and its metrics.
+        progress: called with rows done and rows in all.
+        prefix: of the metrics' names, `reward_model` or `judge`.
 
     Raises:
         TrainingError: the loss is not finite.
     """
+    objective = objective_of(params)
 
     def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        pairs = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in batch]
-        ids, mask = pad_right(pairs, pad_token_id)
-        margins = torch.tensor([float(row.get("margin", 0.0)) for row in batch])
-        # The Trainer counts the labels of a whole mini-batch: here, its pairs.
-        return {"ids": ids, "mask": mask, "labels": margins}
+        ids, mask = pad_right(objective.sequences(batch), pad_token_id)
+        # The Trainer counts the labels of a whole mini-batch: here, its rows.
+        return {"ids": ids, "mask": mask, "labels": objective.labels(batch)}
 
-    def loss(
-        scores: PairScores, margins: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        return pairwise_loss(*scores, margins, params.centering, num_items_in_batch)[0]
+    def loss(scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        return objective.loss(scores, labels, num_items_in_batch)
+
+    def renamed(step: int, metrics: Mapping[str, float]) -> None:
+        log(step, {f"{prefix}/{name.partition('/')[2]}": value for name, value in metrics.items()})
 
     model.train()
+    # A judge is trained by the same section of the params, which is what messages name.
     fit(
-        _PairScorer(model), rows, collate, params,
-        section="reward_model", loss=loss, seed=seed, log=log, progress=progress,
+        _Scorer(model), rows, collate, params,
+        section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
+        progress=progress,
     )  # fmt: skip
     model.eval()
+
+
+class PairScores(NamedTuple):
+    """Scores of held-out pairs."""
+
+    chosen: Tensor
+    """[N]."""
+    rejected: Tensor
+    """[N]."""
 
 
 @torch.no_grad()
@@ -96,9 +162,25 @@ def score_pairs(
             score_texts(
                 model, [[*row["prompt"], *row[side]] for row in rows], batch_size, pad_token_id
             )
-            for side in ("chosen", "rejected")
+            for side in PairScores._fields
         )
     )
+
+
+def score_ratings(
+    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+) -> Tensor:
+    """Score of each rated response: [N]."""
+    return score_texts(model, Pointwise().sequences(rows), batch_size, pad_token_id)
+
+
+class Normalisation(NamedTuple):
+    """What was done to the scores: each is now (score - mean) / std."""
+
+    mean: float
+    std: float
+    metrics: dict[str, float]
+    """Mean and std of the demonstrations' scores before (`raw_`) and after (`normalised_`)."""
 
 
 def normalise_on(
@@ -106,18 +188,18 @@ def normalise_on(
     demonstrations: Sequence[Sequence[int]],
     params: RewardModelParams,
     pad_token_id: int,
-) -> dict[str, float]:
-    """Shift, and if asked scale, the scores so that the demonstrations have mean 0 (and std 1).
-
-    Returns the mean and std before, and the mean after, as metrics.
-    """
+    prefix: str = "reward_model",
+) -> Normalisation:
+    """Shift, and if asked scale, the scores so that the demonstrations have mean 0 (and std 1)."""
     before = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
+    mean = float(before.mean())
     std = float(before.std()) if params.normalize == "mean_std" else 1.0
-    normalise_scores(model, float(before.mean()), std)
+    normalise_scores(model, mean, std)
     after = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
-    return {
-        "reward_model/raw_mean": float(before.mean()),
-        "reward_model/raw_std": float(before.std()),
-        "reward_model/normalised_mean": float(after.mean()),
-        "reward_model/normalised_std": float(after.std()),
+    metrics = {
+        f"{prefix}/raw_mean": mean,
+        f"{prefix}/raw_std": float(before.std()),
+        f"{prefix}/normalised_mean": float(after.mean()),
+        f"{prefix}/normalised_std": float(after.std()),
     }
+    return Normalisation(mean, std, metrics)

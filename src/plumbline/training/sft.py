@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from plumbline.data.collate import sft_batch
 from plumbline.losses.sft import IGNORE, sft_loss
 from plumbline.params.schema import SFTParams
+from plumbline.training.lora import trained_as_adapter
+from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.supervised import fit
 
@@ -24,6 +26,7 @@ def train_sft(
     *,
     pad_token_id: int,
     seed: int,
+    precision: Precision = "fp32",
     log: Log,
     progress: Progress,
 ) -> None:
@@ -45,10 +48,11 @@ def train_sft(
         return sft_loss(outputs.logits, labels, num_items_in_batch)
 
     model.train()
-    fit(
-        model, rows, collate, params,
-        section="sft", loss=loss, seed=seed, log=log, progress=progress,
-    )  # fmt: skip
+    with trained_as_adapter(model, params.lora, seed):
+        fit(
+            model, rows, collate, params,
+            section="sft", loss=loss, seed=seed, precision=precision, log=log, progress=progress,
+        )  # fmt: skip
     model.eval()
 
 

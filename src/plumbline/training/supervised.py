@@ -2,12 +2,14 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -18,6 +20,7 @@ from transformers import (
 
 from plumbline.errors import TrainingError
 from plumbline.params.schema import SupervisedParams
+from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 
 LOSS_ADVICE = (
@@ -35,8 +38,10 @@ def fit(
     section: str,
     loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
     seed: int,
+    precision: Precision,
     log: Log,
     progress: Progress,
+    stats: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
     """Train `model` in place on `rows`.
 
@@ -49,8 +54,10 @@ def fit(
         loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
             scalar.
         seed: of the shuffles.
+        precision: of the matrix products.
         log: called with the optimizer step and its metrics.
         progress: called with rows done and rows in all.
+        stats: more metrics, asked for right before each log.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -72,6 +79,7 @@ def fit(
             adam_epsilon=1e-5,
             seed=seed,
             data_seed=seed,
+            bf16=precision == "bf16",
             logging_steps=10,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -86,24 +94,54 @@ def fit(
             train_dataset=rows,
             data_collator=collate,
             compute_loss_func=loss,
-            callbacks=[_Reporter(section, len(rows), params, log, progress)],
+            callbacks=[_Reporter(section, len(rows), params, log, progress, stats)],
         )
         # It prints to the terminal, which belongs to the progress bars.
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with checkpointing(model) if params.gradient_checkpointing else nullcontext():
+            trainer.train()
+
+
+@contextmanager
+def checkpointing(*networks: nn.Module) -> Iterator[None]:
+    """Recompute activations in the backward pass, in all transformers inside `networks`."""
+    transformers = [
+        module
+        for network in networks
+        for module in network.modules()
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing
+    ]
+    modes = [transformer.training for transformer in transformers]
+    for transformer in transformers:
+        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        # It acts in training mode only; dropout is off either way.
+        transformer.train()
+    try:
+        yield
+    finally:
+        for transformer, mode in zip(transformers, modes, strict=True):
+            transformer.gradient_checkpointing_disable()
+            transformer.train(mode)
 
 
 class _Reporter(TrainerCallback):
     """Passes the Trainer's logs on, and stops a training that has lost its way."""
 
     def __init__(
-        self, section: str, rows: int, params: SupervisedParams, log: Log, progress: Progress
+        self,
+        section: str,
+        rows: int,
+        params: SupervisedParams,
+        log: Log,
+        progress: Progress,
+        stats: Callable[[], Mapping[str, float]] | None,
     ) -> None:
         self.section = section
         self.rows = rows
         self.params = params
         self.log = log
         self.progress = progress
+        self.stats = stats
 
     def on_log(
         self,
@@ -127,6 +165,7 @@ class _Reporter(TrainerCallback):
                 f"{self.section}/grad_norm": float(logs["grad_norm"]),
                 f"{self.section}/lr": logs["learning_rate"],
                 f"{self.section}/epoch": logs["epoch"],
+                **(self.stats() if self.stats else {}),
             },
         )
 

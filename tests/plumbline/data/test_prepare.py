@@ -1,14 +1,18 @@
 """What is written for the training steps, what is set aside, and when nothing is written."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from plumbline.data.prepare import Prepared, prepare
-from plumbline.data.validation import InvalidData
+from plumbline.data.splits import prompt_id, split_of
+from plumbline.data.validation import InvalidData, Limits, TokenCounter
+from plumbline.data.values import conversation
 from plumbline.errors import MachineError
 
 COUNT = 30
@@ -244,3 +248,239 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", good_tables())
     with pytest.raises(MachineError, match="cannot be written"):
         prepare(folder, tmp_path / "file" / "out", test_fraction=0.3, on_invalid="fail")
+
+
+# Prompts over the limit that lose their oldest turns.
+
+
+class WordCounter:
+    """One token a word."""
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [
+            sum(len(turn["content"].split()) for turn in conversation(prompt)) for prompt in prompts
+        ]
+
+    def response_lengths(self, responses: Sequence[str]) -> list[int]:
+        return [len(response.split()) for response in responses]
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    """A conversation in which user and assistant take turns."""
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+def run_cut(
+    tmp_path: Path,
+    tables: dict[str, list[dict[str, Any]]],
+    on_invalid: Literal["fail", "quarantine"] = "fail",
+    counter_for: Callable[..., TokenCounter] = lambda tables: WordCounter(),
+    long_prompts: Literal["refuse", "drop_turns"] = "drop_turns",
+) -> Prepared:
+    return prepare(
+        write(tmp_path / "data", tables),
+        tmp_path / "out",
+        test_fraction=0.3,
+        on_invalid=on_invalid,
+        limits=Limits(max_prompt_tokens=4, max_response_tokens=4),
+        counter_for=counter_for,
+        long_prompts=long_prompts,
+    )
+
+
+def written(tmp_path: Path, table: str) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Of each split, by the text of the last turn: the prompt id and the texts of all turns."""
+    found: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for split in ("train", "test"):
+        rows = pq.read_table(tmp_path / "out" / table / f"{split}.parquet").to_pylist()
+        texts = [[turn["content"] for turn in conversation(row["prompt"])] for row in rows]
+        found[split] = {
+            text[-1]: (row["prompt_id"], text) for row, text in zip(rows, texts, strict=True)
+        }
+    return found
+
+
+def long_tables() -> dict[str, list[dict[str, Any]]]:
+    """Every prompt is too long, and fits with its last turn; the same in all tables."""
+    tables = good_tables()
+    for rows in tables.values():
+        for i, row in enumerate(rows):
+            row["prompt"] = chat(f"Long first {i}", "I see so", "And then?", "Yes", f"Last {i}")
+    return tables
+
+
+def test_long_prompts_lose_their_oldest_turns(tmp_path: Path) -> None:
+    tables = long_tables()
+    prepared = run_cut(tmp_path, tables)
+    assert prepared.failures == []
+    assert prepared.cut == prepared.rows
+    assert prepared.merged == prepared.quarantined == 0
+    for table in tables:
+        texts = [text for split in written(tmp_path, table).values() for _, text in split.values()]
+        assert sorted(texts) == sorted([f"Last {i}"] for i in range(COUNT))
+
+
+def test_the_whole_prompt_decides_the_split_and_keeps_its_id(tmp_path: Path) -> None:
+    tables = long_tables()
+    run_cut(tmp_path, tables)
+    for table in tables:
+        for split, rows in written(tmp_path, table).items():
+            for last, (identity, _) in rows.items():
+                i = int(last.split()[1])
+                whole = prompt_id(json.dumps(tables["prompts"][i]["prompt"]))
+                assert (identity, split) == (whole, split_of(whole, 0.3))
+
+
+def test_prompts_that_fit_are_left_alone(tmp_path: Path) -> None:
+    tables = good_tables()
+    tables["prompts"][0]["prompt"] = chat("Long first one", "I", "Cut")
+    prepared = run_cut(tmp_path, tables)
+    assert sum(prepared.cut.values()) == 1
+    assert prepared.cut["prompts/train"] + prepared.cut["prompts/test"] == 1
+    assert prepared.cut.keys() == prepared.rows.keys()
+    cut = files(tmp_path / "out")
+    tables["prompts"][0]["prompt"] = chat("Cut")
+    untouched = run_cut(tmp_path, tables)
+    assert sum(untouched.cut.values()) == 0
+    assert {n for n, content in files(tmp_path / "out").items() if content != cut[n]} <= {
+        "prompts/train.parquet",
+        "prompts/test.parquet",
+    }
+
+
+def test_long_prompts_are_refused_by_default(tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match=r"prompt has 11 tokens, the limit is 4"):
+        run_cut(tmp_path, long_tables(), long_prompts="refuse")
+    prepared = run_cut(tmp_path, good_tables(), long_prompts="refuse")
+    assert (prepared.cut, prepared.merged) == ({}, 0)
+
+
+def test_what_does_not_fit_with_its_last_turn_alone_is_reported_whole(tmp_path: Path) -> None:
+    tables = good_tables()
+    prompt = chat("A", "B", "far too many words for this limit")
+    tables["prompts"].append({"prompt": prompt})
+    with pytest.raises(InvalidData) as caught:
+        run_cut(tmp_path, tables)
+    [failure] = caught.value.failures
+    assert (failure.row, failure.reason) == (COUNT + 1, "prompt has 9 tokens, the limit is 4")
+    prepared = run_cut(tmp_path, tables, "quarantine")
+    assert (prepared.quarantined, sum(prepared.cut.values())) == (1, 0)
+    [line] = (tmp_path / "out/quarantine/prompts.jsonl").read_text().splitlines()
+    assert conversation(json.loads(line)["prompt"]) == prompt
+
+
+def test_a_row_that_was_cut_and_set_aside_is_kept_whole(tmp_path: Path) -> None:
+    tables = long_tables()
+    tables["preferences"][2]["chosen"] = " "
+    run_cut(tmp_path, tables, "quarantine")
+    [line] = (tmp_path / "out/quarantine/preferences.jsonl").read_text().splitlines()
+    assert conversation(json.loads(line)["prompt"]) == tables["preferences"][2]["prompt"]
+
+
+def test_rows_that_only_the_cut_makes_the_same_are_merged(tmp_path: Path) -> None:
+    tables = good_tables()
+    tables["prompts"] += [
+        {"prompt": chat("One long beginning", "Yes", "Go on"), "split": "train"},
+        {"prompt": chat("Two long beginnings", "Yes", "Go on"), "split": "train"},
+        {"prompt": chat("Go on"), "split": "train"},
+    ]
+    tables["preferences"] += [
+        {"prompt": chat("One long beginning", "Yes", "Go on"), "chosen": "A", "rejected": "B"},
+        {"prompt": chat("Two long beginnings", "Yes", "Go on"), "chosen": "B", "rejected": "A"},
+        {"prompt": chat("Two long beginnings", "Yes", "Go on"), "chosen": "A", "rejected": "C"},
+    ]
+    prepared = run_cut(tmp_path, tables)
+    assert prepared.failures == []
+    # Of the prompts two, and of the preferences the pair that says the opposite.
+    assert prepared.merged == 3
+    assert prepared.rows["prompts/train"] + prepared.rows["prompts/test"] == COUNT + 1
+    assert prepared.rows["preferences/train"] + prepared.rows["preferences/test"] == COUNT + 2
+
+
+def test_no_prompt_is_in_train_and_in_test_once_cut(tmp_path: Path) -> None:
+    tables = good_tables()
+    for split in ("test", "train"):
+        tables["preferences"] += [
+            {
+                "prompt": chat(f"A {split} beginning", "Yes", f"go on {end}"),
+                "chosen": "A",
+                "rejected": "B",
+                "split": split,
+            }
+            for end in ("a", "b")
+        ]
+    tables["prompts"].append({"prompt": "GO  ON a", "split": "train"})
+    prepared = run_cut(tmp_path, tables)
+    assert (prepared.failures, prepared.merged) == ([], 2)
+    ids = {
+        split: {
+            prompt_id(prompt)
+            for table in tables
+            for prompt in pq.read_table(tmp_path / "out" / table / f"{split}.parquet")[
+                "prompt"
+            ].to_pylist()
+        }
+        for split in ("train", "test")
+    }
+    assert not ids["train"] & ids["test"]
+
+
+def test_duplicates_before_the_cut_are_reported_as_ever(tmp_path: Path) -> None:
+    tables = long_tables()
+    tables["prompts"].append(dict(tables["prompts"][3]))
+    with pytest.raises(InvalidData, match=r"duplicate of row 4"):
+        run_cut(tmp_path, tables)
+
+
+def test_a_tokenizer_that_the_cut_rows_train_counts_them(tmp_path: Path) -> None:
+    class Trained(WordCounter):
+        """A word that the demonstrations hold is one token, any other is three."""
+
+        def __init__(self, tables: Mapping[str, pd.DataFrame]) -> None:
+            frame = tables["demonstrations"]
+            self.known = {
+                word
+                for prompt in frame["prompt"]
+                for turn in conversation(prompt)
+                for word in turn["content"].split()
+            }
+
+        def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
+            return [
+                sum(
+                    1 if word in self.known else 3
+                    for turn in conversation(prompt)
+                    for word in turn["content"].split()
+                )
+                for prompt in prompts
+            ]
+
+    tables = good_tables()
+    for row in tables["demonstrations"]:
+        row["prompt"] = chat("rare words far gone", "Yes", row["prompt"])
+    # It fits only as long as the demonstrations still hold "rare words".
+    tables["prompts"].append({"prompt": chat("rare words", "x", "?")})
+    tables["demonstrations"][0]["prompt"] = chat("rare words x ? so", "Yes", "x ?")
+    prepared = run_cut(tmp_path, tables, counter_for=Trained)
+    assert prepared.failures == []
+    last = {key for split in written(tmp_path, "prompts").values() for key in split}
+    assert "?" in last
+    assert prepared.cut["prompts/train"] + prepared.cut["prompts/test"] == 1
+
+
+def test_turns_can_only_be_dropped_where_they_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="limits and counter_for"):
+        prepare(
+            write(tmp_path / "data", good_tables()), tmp_path / "out", test_fraction=0.3,
+            on_invalid="fail", long_prompts="drop_turns",
+        )  # fmt: skip
+
+
+def test_a_file_that_is_missing_is_reported_though_nothing_can_be_cut(tmp_path: Path) -> None:
+    tables = long_tables()
+    del tables["prompts"]
+    with pytest.raises(InvalidData, match="missing file"):
+        run_cut(tmp_path, tables)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_a_label_is_clean_where_the_better_answer_is_chosen(
         prompt = as_prompt(row["prompt"])
         better = gold_score(prompt, row["chosen"]) > gold_score(prompt, row["rejected"])
         assert better == row["clean"], row
+
+
+def test_ratings_are_good_where_nothing_is_broken_but_for_the_noise(as_prompt: AsPrompt) -> None:
+    rows = list(islice(sample.ratings(random.Random(0)), 2000))
+    assert set(rows[0]) == {"prompt", "response", "label"}
+    assert len({(row["prompt"], row["response"]) for row in rows}) == 2000
+    gold = [gold_score(as_prompt(str(row["prompt"])), str(row["response"])) for row in rows]
+    flipped = sum((score == 1) != row["label"] for score, row in zip(gold, rows, strict=True))
+    # Four standard errors of a share.
+    error = (sample.LABEL_NOISE * (1 - sample.LABEL_NOISE) / 2000) ** 0.5
+    assert abs(flipped / 2000 - sample.LABEL_NOISE) < 4 * error
+    assert 0.4 < sum(bool(row["label"]) for row in rows) / 2000 < 0.6
 
 
 def test_demonstrations_are_of_mixed_quality(tables: Tables, as_prompt: AsPrompt) -> None:

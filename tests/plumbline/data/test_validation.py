@@ -149,6 +149,41 @@ def test_all_failures_come_together(tmp_path: Path) -> None:
     ]
 
 
+class PickyCounter(WordCounter):
+    """Refuses system prompts, as many chat templates do."""
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
+        if any(turn["role"] == "system" for prompt in prompts for turn in conversation(prompt)):
+            raise DataError("the chat template refuses this prompt (no system role)")
+        return super().prompt_lengths(prompts)
+
+
+def test_prompts_that_the_template_refuses_are_reported_by_row(tmp_path: Path) -> None:
+    tables = good_tables()
+    system = {"role": "system", "content": "Be brief."}
+    for table, row in (("preferences", 2), ("prompts", 5), ("prompts", 7)):
+        prompt = f"{table} {row}"
+        tables[table][row]["prompt"] = [system, {"role": "user", "content": prompt}]
+    tables["ratings"][3]["prompt"] += " and so on"
+    tables["ratings"][4]["prompt"] = None
+    found, failures = read_dataset(write(tmp_path, tables), 0.5)
+    failures += validate(found, Limits(2, 2), PickyCounter())
+    refused = "the chat template refuses this prompt (no system role)"
+    assert [(f.file, f.row, f.field, f.reason, f.value) for f in failures] == [
+        ("ratings.jsonl", 5, "prompt", "missing value", ""),
+        ("preferences.jsonl", 3, "prompt", refused, "Be brief.\\npreferences 2"),
+        ("prompts.jsonl", 6, "prompt", refused, "Be brief.\\nprompts 5"),
+        ("prompts.jsonl", 8, "prompt", refused, "Be brief.\\nprompts 7"),
+        (
+            "ratings.jsonl",
+            4,
+            "prompt",
+            "prompt has 5 tokens, the limit is 2",
+            "Question 3? and so on",
+        ),
+    ]
+
+
 def test_an_empty_split_names_the_table(tmp_path: Path) -> None:
     tables = good_tables()
     tables["prompts"] = tables["prompts"][:1]

@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.evaluation.compare import Answers, Sampling, answer, compare, sample_table
+from plumbline.evaluation.compare import (
+    Answers,
+    Sampling,
+    answer,
+    answer_repeatedly,
+    compare,
+    sample_table,
+)
 from plumbline.params.schema import EvaluateParams
 from plumbline.training.reporting import ignore_progress
 
@@ -52,7 +59,8 @@ def test_each_prompt_gets_one_answer_and_its_numbers(
     answers = answer(
         lm, lm, scorer, encoder, prompts, SAMPLING, PARAMS, gold, lambda *state: done.append(state)
     )
-    assert {len(column) for column in answers} == {5}
+    assert answers.judge == []
+    assert {len(column) for column in answers._replace(judge=[0.0] * 5)} == {5}
     assert asked == list(zip(prompts, answers.texts, strict=True))
     assert answers.gold == [1, 2, 3, 4, 5]
     assert done == [(2, 5), (4, 5), (5, 5)]
@@ -118,10 +126,66 @@ def test_the_seed_decides_the_answers(
     assert first.texts != other.texts
 
 
+def test_the_judge_scores_the_same_answers(
+    lm: PreTrainedModel, scorer: PreTrainedModel, encoder: ChatEncoder, prompts: list[str]
+) -> None:
+    judge = copy.deepcopy(scorer)
+    with torch.no_grad():
+        judge.score.weight.mul_(-2)
+    plain = answers_of(lm, lm, scorer, encoder, prompts)
+    judged = answer(
+        lm, lm, scorer, encoder, prompts, SAMPLING, PARAMS, None, ignore_progress, judge
+    )
+    assert judged.judge == pytest.approx([-2 * score for score in plain.scores], abs=1e-5)
+    assert judged._replace(judge=[]) == plain
+
+
+def test_repeated_answers_are_scored_prompt_by_prompt(
+    lm: PreTrainedModel, scorer: PreTrainedModel, encoder: ChatEncoder, prompts: list[str]
+) -> None:
+    done: list[tuple[int, int]] = []
+    asked: list[tuple[str, str]] = []
+
+    def gold(prompt: str, text: str) -> float:
+        asked.append((prompt, text))
+        return float(len(asked))
+
+    judge = copy.deepcopy(scorer)
+    with torch.no_grad():
+        judge.score.weight.mul_(-2)
+    # Batches of 2 run over the borders between the prompts.
+    repeated = answer_repeatedly(
+        lm, scorer, encoder, prompts, 3, SAMPLING, PARAMS, gold,
+        lambda *state: done.append(state), judge,
+    )  # fmt: skip
+    assert repeated.gold is not None
+    assert repeated.judge is not None
+    assert repeated.scores.shape == (5, 3)
+    assert repeated.gold.tolist() == [[3.0 * row + k for k in (1, 2, 3)] for row in range(5)]
+    assert repeated.judge == pytest.approx(-2 * repeated.scores, abs=1e-5)
+    assert [prompt for prompt, _ in asked] == [prompt for prompt in prompts for _ in range(3)]
+    assert len({text for _, text in asked}) > 10
+    assert (done[0], done[-1]) == ((2, 15), (15, 15))
+
+
+def test_repeated_answers_are_those_of_the_same_prompts_in_a_row(
+    lm: PreTrainedModel, scorer: PreTrainedModel, encoder: ChatEncoder, prompts: list[str]
+) -> None:
+    repeated = answer_repeatedly(
+        lm, scorer, encoder, prompts, 2, SAMPLING, PARAMS, None, ignore_progress
+    )
+    in_a_row = [prompt for prompt in prompts for _ in range(2)]
+    assert (
+        repeated.scores.flatten().tolist() == answers_of(lm, lm, scorer, encoder, in_a_row).scores
+    )
+    assert (repeated.gold, repeated.judge) == (None, None)
+
+
 SFT = Answers(
     texts=["a b", "a b", "c d", "e"],
     scores=[0.0, 1.0, 2.0, 3.0],
     gold=[0.0, 0.5, 1.0, 0.5],
+    judge=[3.0, 1.0, 2.0, 2.0],
     kl=[0.0, 0.0, 0.0, 0.0],
     lengths=[2, 4, 6, 8],
     ended=[True, True, True, False],
@@ -130,6 +194,7 @@ POLICY = Answers(
     texts=["a b", "a b", "a b", "a b"],
     scores=[1.0, 1.0, 1.0, 4.0],
     gold=[1.0, 1.0, 1.0, 1.0],
+    judge=[2.0, 2.0, 2.0, 0.0],
     kl=[1.0, 2.0, 3.0, 4.0],
     lengths=[3, 3, 3, 3],
     ended=[True, True, True, True],
@@ -158,18 +223,37 @@ def test_compare_by_hand() -> None:
         "eval/policy/score_length_correlation": 0,
         "eval/win_rate": (1 + 0.5 + 0 + 1) / 4,
         "eval/gold_win_rate": (1 + 1 + 0.5 + 1) / 4,
+        "eval/sft/judge": 2,
+        "eval/policy/judge": 1.5,
+        "eval/judge_win_rate": (0 + 1 + 0.5 + 0) / 4,
+        "eval/score_gain": 0.25,
+        "eval/gold_gain": 0.5,
+        "eval/judge_gain": -0.5,
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
-    for name in ("eval/win_rate", "eval/gold_win_rate", "eval/policy/kl", "eval/sft/gold"):
+    for name in (
+        "eval/win_rate", "eval/gold_win_rate", "eval/judge_win_rate", "eval/policy/kl",
+        "eval/sft/gold", "eval/policy/judge", "eval/score_gain", "eval/gold_gain",
+        "eval/judge_gain",
+    ):  # fmt: skip
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
     assert compare(SFT, POLICY, PARAMS, seed=0) == metrics
 
 
-def test_without_a_gold_scorer_there_are_no_gold_metrics() -> None:
-    metrics = compare(SFT._replace(gold=[]), POLICY._replace(gold=[]), PARAMS, seed=0)
-    assert not [name for name in metrics if "gold" in name]
+@pytest.mark.parametrize("column", ["gold", "judge"])
+def test_a_scorer_that_is_not_there_has_no_metrics(column: str) -> None:
+    absent: dict[str, list[float]] = {column: []}
+    metrics = compare(SFT._replace(**absent), POLICY._replace(**absent), PARAMS, seed=0)
+    assert not [name for name in metrics if column in name]
     assert "eval/win_rate_low" in metrics
+    assert {"eval/gold_gain", "eval/judge_gain"} - {f"eval/{column}_gain"} <= set(metrics)
+
+
+def test_gains_are_paired() -> None:
+    policy = SFT._replace(scores=[score + 1 for score in SFT.scores])
+    metrics = compare(SFT, policy, PARAMS, seed=0)
+    assert metrics["eval/score_gain_low"] == metrics["eval/score_gain_high"] == 1
 
 
 def test_the_table_shows_the_first_prompts() -> None:
@@ -180,12 +264,15 @@ def test_the_table_shows_the_first_prompts() -> None:
         "sft": "a b",
         "sft_score": 1.0,
         "sft_gold": 0.5,
+        "sft_judge": 1.0,
         "policy": "a b",
         "policy_score": 1.0,
         "policy_gold": 1.0,
+        "policy_judge": 2.0,
     }
 
 
 def test_the_table_of_few_prompts_is_short() -> None:
-    table = sample_table(["p"], SFT._replace(gold=[]), POLICY._replace(gold=[]), rows=40)
+    alone = (model._replace(gold=[], judge=[]) for model in (SFT, POLICY))
+    table = sample_table(["p"], *alone, rows=40)
     assert [set(row) for row in table] == [{"prompt", "sft", "sft_score", "policy", "policy_score"}]

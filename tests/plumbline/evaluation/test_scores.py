@@ -6,13 +6,20 @@ import math
 import numpy as np
 import pytest
 
+from plumbline.errors import ParamsError
 from plumbline.evaluation.principles import gold_score
 from plumbline.evaluation.scores import (
+    Interval,
     bootstrap_mean,
+    calibration_bins,
     calibration_error,
     correlation,
     distinct_n,
+    expected_calibration_error,
+    label_calibration,
     load_gold,
+    mean_gain,
+    pair_calibration,
     wilson_interval,
     win_rate,
 )
@@ -35,6 +42,22 @@ def test_winning_and_losing_everywhere() -> None:
 
 def test_scores_are_paired_by_prompt() -> None:
     assert win_rate([1.0, 9.0], [2.0, 3.0], samples=100, seed=0).mean == 0.5
+
+
+def test_a_gain_is_paired_by_prompt() -> None:
+    # Prompts differ by far more than the models do: only pairing shows that each gains 1.
+    theirs = [0.0, 100.0, -50.0, 7.0]
+    gain = mean_gain([value + 1 for value in theirs], theirs, samples=200, seed=0)
+    assert gain == pytest.approx((1, 1, 1))
+    assert mean_gain(theirs, [0.0] * 4, samples=200, seed=0).mean == pytest.approx(57 / 4)
+    low, high = mean_gain(theirs, [0.0] * 4, samples=200, seed=0)[1:]
+    assert low < 57 / 4 < high
+
+
+def test_an_interval_as_metrics() -> None:
+    assert Interval(1.0, 0.5, 2.0).metrics("eval/x") == {
+        "eval/x": 1, "eval/x_low": 0.5, "eval/x_high": 2,
+    }  # fmt: skip
 
 
 def test_the_bootstrap_interval_of_a_share_is_the_normal_one() -> None:
@@ -128,6 +151,42 @@ def test_a_model_that_says_what_it_knows_is_calibrated() -> None:
     assert calibration_error(list(3 * margins)) > 0.1
 
 
+def test_bins_of_pairs_by_hand() -> None:
+    three = math.log(3)
+    first, last = pair_calibration([three, three, -three, 50.0], bins=5)
+    assert first[:4] == pytest.approx((0.7, 0.8, 3, 0.75))
+    assert first.share == wilson_interval(2, 3)
+    assert last[:4] == pytest.approx((0.9, 1.0, 1, 1.0))
+    assert last.share == wilson_interval(1, 1)
+
+
+def test_bins_of_labels_by_hand() -> None:
+    three = math.log(3)
+    low, high = label_calibration([-three, -three, -three, -three, three], [1, 0, 0, 0, 1], bins=2)
+    assert low[:4] == pytest.approx((0.0, 0.5, 4, 0.25))
+    assert low.share == wilson_interval(1, 4)
+    assert high[:4] == pytest.approx((0.5, 1.0, 1, 0.75))
+    assert expected_calibration_error([low, high]) == pytest.approx(0.2 * 0.25)
+
+
+def test_certain_labels_fall_into_the_outer_bins() -> None:
+    low, high = label_calibration([-1000.0, 1000.0], [False, False])
+    assert (low.low, low.stated, low.share.mean) == (0, 0, 0)
+    assert (high.high, high.stated, high.share.mean) == (1, 1, 0)
+    assert expected_calibration_error([low, high]) == 0.5
+
+
+def test_each_prediction_needs_an_outcome() -> None:
+    with pytest.raises(ValueError, match="an outcome for each of 2 predictions, got 1"):
+        calibration_bins(np.array([0.1, 0.9]), [True], bins=10)
+
+
+def test_calibration_of_nothing_is_refused() -> None:
+    assert pair_calibration([]) == []
+    with pytest.raises(ValueError, match="expected at least one prediction, got none"):
+        calibration_error([])
+
+
 def test_correlation() -> None:
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
     assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
@@ -150,5 +209,5 @@ def test_the_gold_scorer_is_found_by_its_name() -> None:
     "name", ["plumbline.nowhere:f", "plumbline.evaluation.principles:nothing", "plumbline"]
 )
 def test_a_gold_scorer_that_is_not_there(name: str) -> None:
-    with pytest.raises(ValueError, match=r"evaluate\.gold: expected module:function.*got '"):
+    with pytest.raises(ParamsError, match=r"evaluate\.gold: expected module:function.*got '"):
         load_gold(name)

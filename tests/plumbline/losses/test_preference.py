@@ -1,4 +1,4 @@
-"""The pairwise loss of the reward model against hand values and a plain sigmoid."""
+"""The losses of the reward model against hand values and a plain sigmoid."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plumbline.losses.preference import pairwise_loss
+from plumbline.losses.preference import pairwise_loss, pointwise_loss
 
 repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=50)
 
@@ -165,3 +165,95 @@ def test_micro_batches_weighted_by_their_pairs_add_up_to_the_whole() -> None:
         rtol=1e-14,
         atol=0,
     )
+
+
+def naive_pointwise(scores: list[float], labels: list[bool]) -> list[float]:
+    """Minus the log of the probability that sigmoid(score) gives to each label."""
+    good = [1 / (1 + math.exp(-score)) for score in scores]
+    return [-math.log(p if label else 1 - p) for p, label in zip(good, labels, strict=True)]
+
+
+def flags(*values: bool) -> Tensor:
+    return torch.tensor(values)
+
+
+def test_a_score_of_0_costs_log_two_whatever_the_label() -> None:
+    loss, _ = pointwise_loss(double(0, 0), flags(True, False))
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
+
+
+def test_pointwise_loss_by_hand() -> None:
+    # sigmoid(log 3) = 3/4: the good response costs log 4/3, the bad one with that score log 4,
+    # the bad one that scores log 1/4 has sigmoid 1/5 and costs log 5/4.
+    scores = double(math.log(3), math.log(3), math.log(1 / 4))
+    loss, _ = pointwise_loss(scores, flags(True, False, False))
+    expected = (math.log(4 / 3) + math.log(4) + math.log(5 / 4)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+
+
+# Near 1 the oracle's 1 - p has no digits left.
+@given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), min_size=1, max_size=6))
+@repeatable
+def test_pointwise_loss_agrees_with_a_plain_sigmoid(rows: list[tuple[float, bool]]) -> None:
+    scores, labels = [score for score, _ in rows], [label for _, label in rows]
+    terms = naive_pointwise(scores, labels)
+    loss, stats = pointwise_loss(double(*scores), flags(*labels))
+    assert loss.item() == pytest.approx(math.fsum(terms) / len(terms), rel=1e-10)
+    right = sum(score > 0 if label else score < 0 for score, label in rows)
+    assert stats.accuracy.item() == pytest.approx(right / len(rows), rel=1e-6)
+
+
+def test_pointwise_statistics_by_hand() -> None:
+    # Right, right, wrong, wrong; a score of 0 is right for neither label.
+    _, stats = pointwise_loss(
+        double(1, -1, -1, 0).requires_grad_(), flags(True, False, True, False)
+    )
+    assert stats.accuracy.item() == 0.5
+    assert not stats.accuracy.requires_grad
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("score", [-1000.0, 1000.0])
+def test_sure_scores_do_not_overflow(score: float, label: bool) -> None:
+    scores = double(score).requires_grad_()
+    loss, _ = pointwise_loss(scores, flags(label))
+    assert loss.item() == (0.0 if (score > 0) == label else 1000.0)
+    assert torch.autograd.grad(loss, scores)[0].isfinite().all()
+
+
+def test_pointwise_gradient_by_hand() -> None:
+    # dL/dr = (sigmoid(r) - label) / B; sigmoid(log 3) = 3/4, B = 2.
+    scores = double(math.log(3), math.log(3)).requires_grad_()
+    loss, _ = pointwise_loss(scores, flags(True, False))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient.tolist() == pytest.approx([-1 / 8, 3 / 8], rel=1e-14)
+
+
+def test_pointwise_gradcheck() -> None:
+    scores = double(1.0, -0.5, 2.0).requires_grad_()
+    labels = flags(True, True, False)
+    assert torch.autograd.gradcheck(lambda r: pointwise_loss(r, labels)[0], scores)
+
+
+def test_pointwise_micro_batches_add_up_to_the_whole() -> None:
+    scores, labels = double(1.0, -0.5, 2.0).requires_grad_(), flags(True, False, False)
+    whole, _ = pointwise_loss(scores, labels)
+    one, _ = pointwise_loss(scores[:1], labels[:1], 3)
+    two, _ = pointwise_loss(scores[1:].flip(0), labels[1:].flip(0), torch.tensor(3))
+    torch.testing.assert_close(one + two, whole, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(one + two, scores)[0],
+        torch.autograd.grad(whole, scores)[0],
+        rtol=1e-14,
+        atol=0,
+    )
+
+
+def test_pairwise_micro_batches_may_be_given_the_pairs_of_the_whole() -> None:
+    chosen, rejected = double(1.0, -0.5, 2.0), double(0.3, 0.4, -2.0)
+    whole, _ = pairwise_loss(chosen, rejected, centering=0.1)
+    parts = [
+        pairwise_loss(chosen[part], rejected[part], centering=0.1, num_pairs=3)[0]
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-14, atol=0)

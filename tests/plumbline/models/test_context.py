@@ -8,14 +8,14 @@ import pytest
 
 from plumbline.errors import ParamsError
 from plumbline.models.context import CONTEXT_KEYS, check_model
-from plumbline.params.schema import DataParams, Experiment, LocalModel, RLParams
+from plumbline.params.schema import DataParams, Experiment, LocalModel, SamplingParams
 
 
 def experiment(path: str) -> Experiment:
     return Experiment(
         model=LocalModel(source="local", path=path),
         data=DataParams(max_prompt_tokens=70, max_response_tokens=40),
-        rl=RLParams(response_tokens=60),
+        sampling=SamplingParams(response_tokens=60),
     )
 
 

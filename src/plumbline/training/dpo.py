@@ -1,0 +1,213 @@
+"""DPO: the policy learns the preferences themselves, without a reward model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plumbline.data.collate import pad_right, position_ids
+from plumbline.evaluation.scores import wilson_interval
+from plumbline.losses.dpo import DPOStats, dpo_loss
+from plumbline.ops.logprobs import token_logprobs
+from plumbline.params.schema import DPOParams
+from plumbline.training.precision import Precision
+from plumbline.training.reporting import Log, Progress
+from plumbline.training.supervised import fit
+from plumbline.training.wrapped import Wrapped
+
+Row = Mapping[str, Any]
+"""`prompt`, `chosen` and `rejected`, each token ids; `clean`, where the data has it."""
+
+
+class PairLogprobs(NamedTuple):
+    """Log-probabilities of the whole responses of pairs, nats."""
+
+    chosen: Tensor
+    """[N]."""
+    rejected: Tensor
+    """[N]."""
+
+
+class _PairReader(Wrapped):
+    """The policy with the log-probabilities of pairs as its forward."""
+
+    def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> PairLogprobs:
+        """Log-probabilities of ids [2B, T], the chosen first, then the rejected."""
+        return PairLogprobs(*sequence_logprobs(self.model, ids, mask, response_mask).chunk(2))
+
+
+def train_dpo(
+    policy: PreTrainedModel,
+    rows: Sequence[Row],
+    reference: PairLogprobs,
+    params: DPOParams,
+    *,
+    pad_token_id: int,
+    seed: int,
+    precision: Precision = "fp32",
+    log: Log,
+    progress: Progress,
+) -> None:
+    """Train `policy` in place on pairs of responses.
+
+    Args:
+        policy: starts as the reference.
+        rows: the pairs.
+        reference: `pair_logprobs` of the rows under the reference policy, so that no second model
+            is in memory during the training.
+        params: batches, epochs, learning rate, beta.
+        pad_token_id: fills up the batches.
+        seed: of the shuffles.
+        precision: of the matrix products; that of `reference`, too.
+        log: called with the optimizer step and its metrics.
+        progress: called with rows done and rows in all.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        ValueError: `reference` is not of these rows.
+    """
+    if not len(rows) == len(reference.chosen) == len(reference.rejected):
+        raise ValueError(
+            f"train_dpo: expected reference log-probabilities of {len(rows)} pairs, got "
+            f"{len(reference.chosen)} of chosen and {len(reference.rejected)} of rejected responses"
+        )
+    means = _Means()
+
+    def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        # The Trainer counts the labels of a whole mini-batch: here, the places of its pairs.
+        places = torch.tensor([row["place"] for row in batch])
+        return {**pair_batch(batch, pad_token_id), "labels": places}
+
+    def loss(
+        logprobs: PairLogprobs, places: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        at_reference = (part.to(places.device)[places] for part in reference)
+        value, stats = dpo_loss(
+            *logprobs, *at_reference, params.beta, params.label_smoothing, num_items_in_batch
+        )
+        means.add(stats, len(places))
+        return value
+
+    policy.train()
+    fit(
+        _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
+        params, section="dpo", loss=loss, seed=seed, precision=precision, log=log,
+        progress=progress, stats=means.take,
+    )  # fmt: skip
+    policy.eval()
+
+
+def pair_batch(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+    """Pairs to `ids`, `mask` and `response_mask`, all [2B, T], the chosen responses first."""
+    sides = [(row["prompt"], row[side]) for side in PairLogprobs._fields for row in rows]
+    ids, mask = pad_right([[*prompt, *response] for prompt, response in sides], pad_token_id)
+    starts = torch.tensor([len(prompt) for prompt, _ in sides])
+    in_response = torch.arange(ids.shape[1]) >= starts.unsqueeze(1)
+    return {"ids": ids, "mask": mask, "response_mask": mask & in_response}
+
+
+def sequence_logprobs(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, response_mask: Tensor
+) -> Tensor:
+    """Log-probability of each response given its prompt: [B], nats.
+
+    Args:
+        model: a causal language model.
+        ids: int64 [B, T], prompts with responses, right-padded.
+        mask: bool [B, T], True = a token of prompt or response.
+        response_mask: bool [B, T], True = a token of the response.
+    """
+    first = int(response_mask.long().argmax(1).min())
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+        # Position t predicts token t + 1, and nothing is asked of prompts before the shortest ends.
+        logits_to_keep=ids.shape[1] - first + 1,
+    ).logits[:, :-1]
+    return sum_logprobs(logits, ids[:, first:], response_mask[:, first:])
+
+
+def sum_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Sum of log softmax(logits) at the tokens where the mask is True.
+
+    Args:
+        logits: [B, T, V]; position t predicts the token at t.
+        tokens: int64 [B, T].
+        mask: bool [B, T], True counts.
+
+    Returns:
+        [B], nats.
+    """
+    # Picked first: the gradient at a pad is 0 whatever stands there, and the copy in float32 is
+    # only as large as the responses.
+    picked = token_logprobs(logits[mask], tokens[mask])
+    return picked.new_zeros(mask.shape).masked_scatter(mask, picked).sum(1)
+
+
+@torch.no_grad()
+def pair_logprobs(
+    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+) -> PairLogprobs:
+    """Log-probabilities of both responses of each pair, on the CPU."""
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        batch = pair_batch(rows[start : start + batch_size], pad_token_id)
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        parts.append(sequence_logprobs(model, **on_device).cpu().chunk(2))
+    chosen, rejected = zip(*parts, strict=True)
+    return PairLogprobs(torch.cat(chosen), torch.cat(rejected))
+
+
+def held_out_metrics(
+    policy: PreTrainedModel,
+    rows: Sequence[Row],
+    reference: PairLogprobs,
+    params: DPOParams,
+    pad_token_id: int,
+) -> dict[str, float]:
+    """The loss on held-out pairs, and how often and by how much the chosen response wins.
+
+    The loss is that of all labels, as in training. Accuracy (with its 95% interval) and margin
+    leave out pairs that are known to have the wrong label.
+    """
+    logprobs = pair_logprobs(policy, rows, params.micro_batch_size, pad_token_id)
+    loss, _ = dpo_loss(*logprobs, *reference, params.beta, params.label_smoothing)
+    metrics = {"dpo/held_out_loss": loss.item()}
+    clean = torch.tensor([bool(row.get("clean", True)) for row in rows])
+    # A data set may know each of its few held-out labels to be wrong.
+    if count := int(clean.sum()):
+        kept = (part[clean] for part in (*logprobs, *reference))
+        _, stats = dpo_loss(*kept, params.beta)
+        accuracy = wilson_interval(int(stats.accuracy), count)
+        metrics |= {
+            "dpo/held_out_accuracy": accuracy.mean,
+            "dpo/held_out_accuracy_low": accuracy.low,
+            "dpo/held_out_accuracy_high": accuracy.high,
+            "dpo/held_out_margin": stats.margin.item() / count,
+        }
+    return metrics
+
+
+class _Means:
+    """Means over the pairs since the last log."""
+
+    def __init__(self) -> None:
+        self._parts: list[DPOStats] = []
+        self._pairs = 0
+
+    def add(self, sums: DPOStats, pairs: int) -> None:
+        # Left on the device: reading each number would wait for it.
+        self._parts.append(sums)
+        self._pairs += pairs
+
+    def take(self) -> dict[str, float]:
+        totals = torch.stack([torch.stack(part) for part in self._parts]).sum(0) / self._pairs
+        self._parts, self._pairs = [], 0
+        return {
+            f"dpo/{name}": value
+            for name, value in zip(DPOStats._fields, totals.tolist(), strict=True)
+        }

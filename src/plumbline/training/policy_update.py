@@ -1,0 +1,216 @@
+"""The update of RL: epochs of clipped gradient steps on one rollout."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, get_scheduler
+
+from plumbline.errors import TrainingError
+from plumbline.losses.policy import policy_loss
+from plumbline.losses.value import value_loss
+from plumbline.ops.kl import kl_estimate
+from plumbline.ops.logprobs import entropy, token_logprobs
+from plumbline.ops.masked import masked_sum
+from plumbline.params.schema import RLParams, SamplingParams
+from plumbline.rollout.experience import (
+    Experience,
+    Sequences,
+    response_logits,
+    response_values,
+)
+from plumbline.training.models import Models, ValueHead
+from plumbline.training.precision import Precision, autocast
+
+
+class Setting(NamedTuple):
+    """How a policy is trained, beside its data and its models."""
+
+    params: RLParams
+    sampling: SamplingParams
+    precision: Precision = "fp32"
+
+
+class Optimizer(NamedTuple):
+    """AdamW over all that is trained, and the schedule of its learning rate."""
+
+    adam: AdamW
+    schedule: LRScheduler
+
+    @classmethod
+    def of(cls, models: Models, params: RLParams) -> "Optimizer":
+        """The optimizer for as many updates as the params make."""
+        weights = [weight for _, group in models.trained for weight in group]
+        adam = AdamW(weights, lr=params.learning_rate, eps=1e-5, weight_decay=params.weight_decay)
+        steps = params.episodes // params.mini_batch_size * params.epochs
+        schedule = get_scheduler(
+            "constant_with_warmup" if params.schedule == "constant" else params.schedule,
+            adam,
+            num_warmup_steps=round(params.warmup_fraction * steps),
+            num_training_steps=steps,
+        )
+        return cls(adam, schedule)
+
+
+def update(
+    models: Models,
+    experience: Experience,
+    setting: Setting,
+    optimizer: Optimizer,
+    shuffling: torch.Generator,
+    kl_coef: float,
+) -> dict[str, float]:
+    """Run the epochs on a rollout; returns the metrics averaged over its mini-batches.
+
+    Args:
+        models: policy and critic change in place.
+        experience: the rollout.
+        setting: params, sampling temperature and precision.
+        optimizer: of all trained weights.
+        shuffling: of the mini-batches.
+        kl_coef: beta, for a KL penalty in the loss.
+
+    Raises:
+        TrainingError: a loss or a gradient is not finite.
+    """
+    params = setting.params
+    size = len(experience.logprobs)
+    planned = params.epochs * (size // params.mini_batch_size)
+    history: list[dict[str, float]] = []
+    taken = 0
+    for _ in range(params.epochs):
+        order = torch.randperm(size, generator=shuffling)
+        for mini_batch in torch.split(order, params.mini_batch_size):
+            stats = _accumulate(models, experience, mini_batch, setting, optimizer, kl_coef)
+            history.append(stats)
+            if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
+                break
+            optimizer.adam.step()
+            optimizer.schedule.step()
+            taken += 1
+        else:
+            continue
+        break
+    # Steps that were not taken use up their share of the schedule, which ends with the episodes.
+    for _ in range(planned - taken):
+        optimizer.schedule.step()
+    stacked = {name: [stats[name] for stats in history] for name in history[0]}
+    metrics = {name: sum(values) / len(values) for name, values in stacked.items()}
+    ratios = torch.tensor(stacked["val/ratio"])
+    return metrics | {
+        "val/ratio_var": float(ratios.var()) if len(ratios) > 1 else 0.0,
+        "policy/ratio_max": max(stacked["policy/ratio_max"]),
+        "policy/epochs": taken * params.mini_batch_size / size,
+    }
+
+
+def _accumulate(
+    models: Models,
+    experience: Experience,
+    mini_batch: Tensor,
+    setting: Setting,
+    optimizer: Optimizer,
+    kl_coef: float,
+) -> dict[str, float]:
+    """Leave the clipped gradient of a mini-batch, which does not depend on its micro-batches."""
+    params = setting.params
+    num_tokens = int(experience.sequences.response_mask[mini_batch].sum())
+    sums: dict[str, float] = {}
+    optimizer.adam.zero_grad(set_to_none=True)
+    for rows in torch.split(mini_batch, params.micro_batch_size):
+        loss, stats = _micro_batch_loss(models, experience, rows, setting, kl_coef, num_tokens)
+        torch.autograd.backward(loss)
+        largest = max(sums.get("policy/ratio_max", 0.0), stats["policy/ratio_max"])
+        for name, part in stats.items():
+            sums[name] = sums.get(name, 0.0) + part
+        sums["policy/ratio_max"] = largest
+    for prefix, weights in models.trained:
+        norm = torch.nn.utils.clip_grad_norm_(weights, params.max_grad_norm)
+        sums[f"{prefix}/grad_norm"] = float(norm)
+    if not all(math.isfinite(value) for value in sums.values()):
+        raise TrainingError(
+            f"rl: expected finite losses and gradients, got {sums}; lower rl.learning_rate or "
+            "raise rl.kl_coef"
+        )
+    return sums
+
+
+def _micro_batch_loss(
+    models: Models,
+    experience: Experience,
+    rows: Tensor,
+    setting: Setting,
+    kl_coef: float,
+    num_tokens: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """L = L_policy + c_v * L_value + beta * KL - c_e * entropy, each where the params want it."""
+    params = setting.params
+    sequences = experience.sequences.rows(rows)
+    mask = sequences.response_mask
+    width = mask.shape[1]
+    with autocast(mask.device, setting.precision):
+        logits, hidden = response_logits(models.policy, sequences)
+        values = critic_values(models.critic, sequences, hidden)
+    temperature = setting.sampling.temperature
+    logprobs = token_logprobs(logits, sequences.response_ids, temperature)
+    # Over a large vocabulary its gradient costs as much memory again.
+    with torch.set_grad_enabled(params.entropy_coef > 0):
+        mean_entropy = masked_sum(entropy(logits, temperature), mask) / num_tokens
+    loss, policy = policy_loss(
+        logprobs,
+        experience.logprobs[rows, :width],
+        experience.advantages[rows, :width],
+        mask,
+        params.cliprange,
+        num_tokens,
+        params.cliprange_high,
+    )
+    stats = {
+        "loss/policy_avg": float(loss.detach()),
+        "policy/approxkl_avg": float(policy.approx_kl) / num_tokens,
+        "policy/clipfrac_avg": float(policy.clip_fraction) / num_tokens,
+        "policy/entropy_avg": float(mean_entropy.detach()),
+        "policy/ratio_max": float(policy.ratio_max),
+        "val/ratio": float(policy.ratio) / num_tokens,
+    }
+    if values is not None and experience.values is not None and experience.returns is not None:
+        loss_value, value = value_loss(
+            values,
+            experience.values[rows, :width],
+            experience.returns[rows, :width],
+            mask,
+            params.cliprange_value,
+            num_tokens,
+        )
+        loss = loss + params.value_coef * loss_value
+        stats["loss/value_avg"] = float(loss_value.detach())
+        stats["val/clipfrac_avg"] = float(value.clip_fraction) / num_tokens
+    if params.kl_in == "loss":
+        ref_logprobs = experience.ref_logprobs[rows, :width]
+        kl = kl_estimate(logprobs, ref_logprobs, params.kl_estimator)
+        loss_kl = masked_sum(kl, mask) / num_tokens
+        loss = loss + kl_coef * loss_kl
+        stats["loss/kl_avg"] = float(loss_kl.detach())
+    if params.entropy_coef:
+        loss = loss - params.entropy_coef * mean_entropy
+    return loss, stats
+
+
+def critic_values(
+    critic: PreTrainedModel | ValueHead | None, sequences: Sequences, hidden: Tensor
+) -> Tensor | None:
+    """The critic's value before each response token: float32 [B, R]; none without a critic.
+
+    Args:
+        critic: a scalar model, or a head on the policy's trunk.
+        sequences: the queries with the responses.
+        hidden: [B, R, H], of the policy.
+    """
+    if critic is None:
+        return None
+    if isinstance(critic, ValueHead):
+        return critic(hidden).float()
+    return response_values(critic, sequences).float()
