@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from plumbline.data.halves import JUDGE_HALF, REWARD_MODEL_HALF
 from plumbline.params.schema import Experiment, ScratchModel, StepName, steps_of
 
 SEED_OF_THE_JUDGE = 1_000_003
@@ -49,7 +50,7 @@ def _reward_model(p: Experiment, r: Results) -> Arguments:
         "params": p.reward_model,
         "precision": p.precision,
         "seed": p.seed,
-        "half": 0 if p.evaluate.judge else None,
+        "half": REWARD_MODEL_HALF if p.evaluate.judge else None,
         "sft": r["sft"],
         "preferences": r["prepare_data"].preferences,
         "ratings": _ratings(p, r),
@@ -58,7 +59,7 @@ def _reward_model(p: Experiment, r: Results) -> Arguments:
 
 
 def _judge(p: Experiment, r: Results) -> Arguments:
-    return {**_reward_model(p, r), "seed": p.seed + SEED_OF_THE_JUDGE, "half": 1}
+    return {**_reward_model(p, r), "seed": p.seed + SEED_OF_THE_JUDGE, "half": JUDGE_HALF}
 
 
 def _ratings(p: Experiment, r: Results) -> Any:

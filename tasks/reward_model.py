@@ -4,7 +4,7 @@ from typing import Literal
 
 from prefect import task
 
-from plumbline.data.halves import half_of
+from plumbline.data.halves import take_half
 from plumbline.data.rows import encode_rows, read_rows
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.evaluation.plots import calibration_plot, score_histogram
@@ -69,7 +69,7 @@ def make_reward_model(
             encode_rows(read_rows(tracking.open_uri(ratings.test.uri)), encoder) if ratings else None
         )
         if half is not None:
-            train = [row for row in train if half_of(row["prompt_id"]) == half]
+            train = take_half(train, half)
         tracked.dataset(
             "ratings" if ratings else "preferences", judgements.train.digest,
             judgements.train.uri, len(train), "training",

@@ -224,7 +224,7 @@ def _answered(turns: Turns) -> Turns:
     if turns[-1]["role"] != "assistant":
         raise Fault("last turn is not the assistant's")
     roles = [turn["role"] for turn in _talk(turns)]
-    if len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+    if roles != ["user", "assistant"] * (len(roles) // 2):
         raise Fault("turns do not alternate between user and assistant, user first")
     return turns
 

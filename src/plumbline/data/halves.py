@@ -1,15 +1,16 @@
 """Halves of the training rows: one for the reward model, one for a judge that it cannot fool."""
 
 import hashlib
-from typing import Literal
-
-from datasets import Dataset
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from plumbline.errors import DataError
 
 Half = Literal[0, 1]
 REWARD_MODEL_HALF: Half = 0
 JUDGE_HALF: Half = 1
+
+Row = Mapping[str, Any]
 
 
 def half_of(prompt_id: str) -> Half:
@@ -22,17 +23,18 @@ def half_of(prompt_id: str) -> Half:
     return 1 if digest[0] & 1 else 0
 
 
-def take_half(rows: Dataset, half: Half) -> Dataset:
-    """The rows of one half, in their order; `rows` need a column `prompt_id`.
+def take_half(rows: Iterable[Row], half: Half) -> list[Row]:
+    """The rows of one half, in their order; each has a `prompt_id`.
 
     Raises:
         DataError: the half has no row.
     """
-    kept = [index for index, prompt in enumerate(rows["prompt_id"]) if half_of(prompt) == half]
+    every = list(rows)
+    kept = [row for row in every if half_of(row["prompt_id"]) == half]
     if not kept:
         raise DataError(
-            "evaluate.judge: expected training rows of at least two prompts, so that the reward "
-            f"model and the judge get one half each, got {len(rows)} rows that all fall into one "
-            "half; add rows, or set evaluate.judge to false"
+            "evaluate.judge: expected training rows of several prompts, so that the reward model "
+            f"and the judge get one half each, got {len(every)} rows that all fall into one half; "
+            "add rows, or set evaluate.judge to false"
         )
-    return rows.select(kept)
+    return kept

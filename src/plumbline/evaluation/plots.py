@@ -7,8 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-# Callers find every figure here.
-from plumbline.evaluation.reward_kl import reward_against_kl as reward_against_kl
 from plumbline.evaluation.scores import CalibrationBin, expected_calibration_error
 from plumbline.evaluation.style import (
     ACCENT,

@@ -93,25 +93,37 @@ def turning_point(values: Sequence[float]) -> int | None:
     """
     if len(values) < 5:
         return None
-    kernel = _kernel(len(values))
-    smoothed = kernel @ np.asarray(values)
-    peak = int(np.argmax(smoothed))
+    smoothed = _centred(values)
+    peak, last = int(np.argmax(smoothed)), len(values) - 1
     noise = np.std(np.diff(values)) / math.sqrt(2)
-    error = noise * np.linalg.norm(kernel[peak] - kernel[-1])
-    return peak if smoothed[peak] - smoothed[-1] > 4 * error else None
-
-
-def _kernel(size: int) -> np.ndarray:
-    """Weights [size, size] of a Gaussian smoothing, which, unlike `smooth`, does not lag behind."""
-    index = np.arange(size)
-    weights = np.exp(-0.5 * ((index[:, None] - index) / max(1.5, size / 25)) ** 2)
-    normalised: np.ndarray = weights / weights.sum(1, keepdims=True)
-    return normalised
+    error = noise * np.linalg.norm(_weights(len(values), peak) - _weights(len(values), last))
+    # Values that do not vary at all have no error, and differ by rounding alone.
+    least = max(4 * error, 1e-9 * abs(smoothed[peak]))
+    return peak if smoothed[peak] - smoothed[last] > least else None
 
 
 def _centred(values: Sequence[float]) -> np.ndarray:
-    smoothed: np.ndarray = _kernel(len(values)) @ np.asarray(values)
+    """Gaussian smoothing, which, unlike `smooth`, does not lag behind."""
+    size = len(values)
+    kernel = _gaussian(np.arange(1 - size, size), size)
+
+    def spread(x: Sequence[float] | np.ndarray) -> np.ndarray:
+        return np.convolve(x, kernel)[size - 1 : 2 * size - 1]
+
+    smoothed: np.ndarray = spread(values) / spread(np.ones(size))
     return smoothed
+
+
+def _weights(size: int, index: int) -> np.ndarray:
+    """What each of the values adds to the smoothed one at `index`."""
+    weights = _gaussian(np.arange(size) - index, size)
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
+
+
+def _gaussian(distance: np.ndarray, size: int) -> np.ndarray:
+    weights: np.ndarray = np.exp(-0.5 * (distance / max(1.5, size / 25)) ** 2)
+    return weights
 
 
 def _distances(kl: Sequence[float]) -> list[float]:

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbline.functions import TextScorer, load_function
-
 
 class Interval(NamedTuple):
     """An estimate with its 95% interval."""
@@ -190,12 +188,3 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
     if np.std(x) == 0 or np.std(y) == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
-
-
-def load_gold(name: str) -> TextScorer:
-    """Import the gold scorer that evaluate.gold names.
-
-    Raises:
-        ParamsError: there is no such module or function.
-    """
-    return load_function(name, "evaluate.gold")

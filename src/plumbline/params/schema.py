@@ -459,6 +459,11 @@ class RLParams(OptimizerParams):
                 f"rewards: expected functions of different names, each draws a curve; got "
                 f"{', '.join(sorted(repeated))} more than once"
             )
+        if "model" in names:
+            raise ValueError(
+                "rewards: expected a function of another name than model, whose curve "
+                "objective/reward_model is the reward model's"
+            )
         return self
 
 

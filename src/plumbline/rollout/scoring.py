@@ -80,10 +80,10 @@ def score_responses(
 
 
 def _number(name: str, value: object) -> float:
-    # A tensor or a NumPy scalar is a number, too.
+    # A tensor or a NumPy scalar is a number, too; a text that spells one is a mistake.
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise TrainingError(f"rl.rewards: expected a finite number from {name}, got {value!r}")

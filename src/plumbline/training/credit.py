@@ -11,7 +11,7 @@ from plumbline.ops.advantages import (
     leave_one_out,
     standardise_groups,
 )
-from plumbline.ops.masked import whiten
+from plumbline.ops.masked import masked_sum, whiten
 from plumbline.params.schema import RLParams
 
 
@@ -68,6 +68,7 @@ def assign_credit(
     """
     if params.algorithm in ("ppo", "reinforce") and params.whiten_rewards:
         rewards = whiten(rewards, response_mask, shift_mean=False)
+    sums = masked_sum(rewards, response_mask, 1)
     returns: Tensor | None = None
     match params.algorithm:
         case "ppo":
@@ -79,10 +80,10 @@ def assign_credit(
             onwards = discounted_returns(rewards, response_mask, params.gamma)
             advantages = _spread(onwards - baseline.of(onwards[:, 0]), response_mask)
         case "rloo":
-            whole = leave_one_out(rewards.sum(1), params.responses_per_prompt)
+            whole = leave_one_out(sums, params.responses_per_prompt)
             advantages = _spread(whole.unsqueeze(1), response_mask)
         case "grpo":
-            whole = standardise_groups(rewards.sum(1), params.responses_per_prompt)
+            whole = standardise_groups(sums, params.responses_per_prompt)
             advantages = _spread(whole.unsqueeze(1), response_mask)
     # GRPO's are standardised already.
     if params.algorithm != "grpo" and params.whiten_advantages:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plumbline.data.collate import pad_right, position_ids
@@ -15,7 +15,6 @@ from plumbline.params.schema import DPOParams
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.supervised import fit
-from plumbline.training.wrapped import Wrapped
 
 Row = Mapping[str, Any]
 """`prompt`, `chosen` and `rejected`, each token ids; `clean`, where the data has it."""
@@ -30,8 +29,12 @@ class PairLogprobs(NamedTuple):
     """[N]."""
 
 
-class _PairReader(Wrapped):
-    """The policy with the log-probabilities of pairs as its forward."""
+class _PairReader(nn.Module):
+    """The policy with the log-probabilities of pairs as its forward, which the Trainer sees."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> PairLogprobs:
         """Log-probabilities of ids [2B, T], the chosen first, then the rejected."""
@@ -83,10 +86,11 @@ def train_dpo(
     def loss(
         logprobs: PairLogprobs, places: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        at_reference = (part.to(places.device)[places] for part in reference)
+        ref_chosen, ref_rejected = (part.to(places.device)[places] for part in reference)
         value, stats = dpo_loss(
-            *logprobs, *at_reference, params.beta, params.label_smoothing, num_items_in_batch
-        )
+            logprobs.chosen, logprobs.rejected, ref_chosen, ref_rejected,
+            params.beta, params.label_smoothing, num_items_in_batch,
+        )  # fmt: skip
         means.add(stats, len(places))
         return value
 
@@ -180,8 +184,10 @@ def held_out_metrics(
     clean = torch.tensor([bool(row.get("clean", True)) for row in rows])
     # A data set may know each of its few held-out labels to be wrong.
     if count := int(clean.sum()):
-        kept = (part[clean] for part in (*logprobs, *reference))
-        _, stats = dpo_loss(*kept, params.beta)
+        chosen, rejected, ref_chosen, ref_rejected = (
+            part[clean] for part in (*logprobs, *reference)
+        )
+        _, stats = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, params.beta)
         accuracy = wilson_interval(int(stats.accuracy), count)
         metrics |= {
             "dpo/held_out_accuracy": accuracy.mean,

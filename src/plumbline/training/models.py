@@ -56,7 +56,7 @@ class Models(NamedTuple):
         return [("policy", policy), ("val", _trainable(self.critic))]
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """The reference policy, which is the policy itself where an adapter makes the difference."""
+        """The reference, which is the policy itself where an adapter makes the difference."""
         return adapter_off(self.policy) if self.ref_policy is None else nullcontext(self.ref_policy)
 
 

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plumbline.data.collate import pad_right
 from plumbline.losses.preference import pairwise_loss, pointwise_loss
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
 from plumbline.params.schema import RewardModelParams
+from plumbline.training.lora import trained_as_adapter
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.supervised import fit
-from plumbline.training.wrapped import Wrapped
 
 Row = Mapping[str, Any]
 """`prompt` with `chosen` and `rejected` (and `margin`, where the data has it), or with `response`
@@ -49,7 +49,8 @@ class Pairwise(NamedTuple):
 
     def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
         """The pairwise loss of scores [2B]."""
-        return pairwise_loss(*scores.chunk(2), labels, self.centering, num_rows)[0]
+        chosen, rejected = scores.chunk(2)
+        return pairwise_loss(chosen, rejected, labels, self.centering, num_rows)[0]
 
 
 class Pointwise(NamedTuple):
@@ -73,8 +74,12 @@ def objective_of(params: RewardModelParams) -> Objective:
     return Pairwise(params.centering) if params.objective == "pairwise" else Pointwise()
 
 
-class _Scorer(Wrapped):
-    """The reward model with scoring as its forward."""
+class _Scorer(nn.Module):
+    """The reward model with scoring as its forward, which is what the Trainer's wrappers see."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores [N] of ids and bool mask [N, T]."""
@@ -124,11 +129,12 @@ def train_reward_model(
 
     model.train()
     # A judge is trained by the same section of the params, which is what messages name.
-    fit(
-        _Scorer(model), rows, collate, params,
-        section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
-        progress=progress,
-    )  # fmt: skip
+    with trained_as_adapter(model, params.lora, seed):
+        fit(
+            _Scorer(model), rows, collate, params,
+            section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
+            progress=progress,
+        )  # fmt: skip
     model.eval()
 
 
@@ -149,7 +155,9 @@ def score_texts(
     scores = []
     for start in range(0, len(sequences), batch_size):
         ids, mask = pad_right(sequences[start : start + batch_size], pad_token_id)
-        scores.append(sequence_scores(model, ids.to(model.device), mask.to(model.device)).cpu())
+        batch = sequence_scores(model, ids.to(model.device), mask.to(model.device))
+        # Means and deviations of bf16 scores would be bf16, too.
+        scores.append(batch.float().cpu())
     return torch.cat(scores)
 
 
@@ -195,6 +203,8 @@ def normalise_on(
     mean = float(before.mean())
     std = float(before.std()) if params.normalize == "mean_std" else 1.0
     normalise_scores(model, mean, std)
+    # Autocast keeps narrow copies of the weights, which have just changed.
+    torch.clear_autocast_cache()
     after = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
     metrics = {
         f"{prefix}/raw_mean": mean,

@@ -228,15 +228,14 @@ def _look_back(
     step, temperature = setting.params.micro_batch_size, setting.sampling.temperature
     parts = [sequences.rows(slice(i, i + step)) for i in range(0, len(mask), step)]
 
-    logprobs, ref_logprobs, values = [], [], []
+    logprobs, values = [], []
     for part in parts:
         logits, hidden = response_logits(models.policy, part)
         logprobs.append(token_logprobs(logits, part.response_ids, temperature))
         value = critic_values(models.critic, part, hidden)
         values += [] if value is None else [value]
     with models.reference() as reference:
-        for part in parts:
-            ref_logprobs.append(response_logprobs(reference, part, temperature))
+        ref_logprobs = [response_logprobs(reference, part, temperature) for part in parts]
 
     def whole(columns: list[Tensor]) -> Tensor:
         return torch.where(mask, pad_columns(columns, mask.shape[1]), 0.0)

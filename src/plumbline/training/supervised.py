@@ -80,6 +80,8 @@ def fit(
             seed=seed,
             data_seed=seed,
             bf16=precision == "bf16",
+            # Asked for bf16, it expects a GPU unless it is told otherwise.
+            use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -113,14 +115,16 @@ def checkpointing(*networks: nn.Module) -> Iterator[None]:
     ]
     modes = [transformer.training for transformer in transformers]
     for transformer in transformers:
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
         # It acts in training mode only; dropout is off either way.
         transformer.train()
     try:
         yield
     finally:
         for transformer, mode in zip(transformers, modes, strict=True):
-            transformer.gradient_checkpointing_disable()
+            transformer.activation_checkpointing_disable()
+            # Enabling hooks into the embeddings, and disabling forgets about it without adapters.
+            transformer.disable_input_require_grads()
             transformer.train(mode)
 
 

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from plumbline.data.convert import FORMATS
+from plumbline.data.selection import select
 from plumbline.data.sources import HubOptions, Record, is_hub_id, read_source
 from plumbline.data.values import Fault
 from plumbline.errors import DataError
@@ -82,6 +84,18 @@ def test_a_csv_row_with_other_cells_than_the_header_is_a_fault(tmp_path: Path) -
         (1, None),
         (2, "expected 2 cells, got 1"),
         (3, "expected 2 cells, got 3"),
+    ]
+
+
+def test_a_csv_byte_that_is_not_utf_8_is_found_in_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"instruction,output\na,\xff\nb,c\n")
+
+    selection = select(read(path), FORMATS["alpaca"])
+
+    assert selection.rows == [{"prompt": "b", "response": "c"}]
+    assert [(left.record.row, left.reason) for left in selection.left_out] == [
+        (1, "response: not valid Unicode (a lone surrogate)")
     ]
 
 

@@ -1,13 +1,10 @@
 """The numbers of the comparison against hand values."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 
-from plumbline.errors import ParamsError
-from plumbline.evaluation.principles import gold_score
 from plumbline.evaluation.scores import (
     Interval,
     bootstrap_mean,
@@ -17,7 +14,6 @@ from plumbline.evaluation.scores import (
     distinct_n,
     expected_calibration_error,
     label_calibration,
-    load_gold,
     mean_gain,
     pair_calibration,
     wilson_interval,
@@ -196,18 +192,3 @@ def test_correlation() -> None:
 
 def test_what_does_not_vary_correlates_with_nothing() -> None:
     assert correlation([1, 1, 1], [1, 2, 3]) == correlation([1, 2, 3], [1, 1, 1]) == 0
-
-
-def test_the_gold_scorer_is_found_by_its_name() -> None:
-    scorer = load_gold("plumbline.evaluation.principles:gold_score")
-    assert scorer is gold_score
-    prompt = json.dumps([{"role": "user", "content": "How do I cook rice?"}])
-    assert scorer(prompt, "To cook rice, rinse the grains, then simmer it with the lid on.") == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["plumbline.nowhere:f", "plumbline.evaluation.principles:nothing", "plumbline"]
-)
-def test_a_gold_scorer_that_is_not_there(name: str) -> None:
-    with pytest.raises(ParamsError, match=r"evaluate\.gold: expected module:function.*got '"):
-        load_gold(name)

@@ -38,8 +38,10 @@ def naive_policy(
     advantages: list[list[float]],
     lengths: list[int],
     eps: float,
-) -> tuple[float, float, float, float]:
-    """Sums over the real tokens of the loss, (log ratio)^2 / 2, clipped tokens and the ratio."""
+    eps_high: float,
+) -> tuple[float, float, float, float, float]:
+    """Sums over the real tokens of loss, (log ratio)^2 / 2, clipped and ratio; largest ratio."""
+    largest = -math.inf
     loss = approx_kl = clipped = ratios = 0.0
     for row, length in enumerate(lengths):
         for t in range(length):
@@ -47,12 +49,13 @@ def naive_policy(
             ratio = math.exp(log_ratio)
             advantage = advantages[row][t]
             objective = advantage * ratio
-            bounded = advantage * min(max(ratio, 1 - eps), 1 + eps)
+            bounded = advantage * min(max(ratio, 1 - eps), 1 + eps_high)
             loss -= min(objective, bounded)
             approx_kl += log_ratio**2 / 2
             clipped += bounded < objective
             ratios += ratio
-    return loss, approx_kl, clipped, ratios
+            largest = max(largest, ratio)
+    return loss, approx_kl, clipped, ratios, largest
 
 
 LENGTHS = [4, 1, 2]
@@ -77,9 +80,40 @@ def test_loss_and_statistics_by_hand() -> None:
     assert loss.item() == pytest.approx(0.3, rel=1e-13)
     assert stats.clip_fraction.item() == 2
     assert stats.ratio.item() == pytest.approx(4.0, rel=1e-14)  # 1.5 + 1.5 + 0.5 + 0.5
+    assert stats.ratio_max.item() == pytest.approx(1.5, rel=1e-14)
     # 2 * log(1.5)^2 / 2 + 2 * log(0.5)^2 / 2
     expected = math.log(1.5) ** 2 + math.log(0.5) ** 2
     assert stats.approx_kl.item() == pytest.approx(expected, rel=1e-13)
+
+
+def test_clip_higher_leaves_likelier_tokens_more_room() -> None:
+    # Upwards to 1.4: A = 2, ratio 1.5 gives -2.8 in place of -2.4, and ratio 1.3 is not clipped.
+    # Downwards 0.8 stays: A = -2, ratio 0.5 gives 1.6, clipped; A = 2 gives -1.
+    old = double([[-1.0, -2.0, -1.5, -0.7]])
+    logprobs = old + double([[math.log(ratio) for ratio in (1.5, 1.3, 0.5, 0.5)]])
+    logprobs.requires_grad_()
+    advantages = double([[2, 2, -2, 2]])
+    loss, stats = policy_loss(logprobs, old, advantages, mask_of([4], 4), EPS, 4, 0.4)
+    assert loss.item() == pytest.approx((-2.8 - 2.6 + 1.6 - 1) / 4, rel=1e-13)
+    assert stats.clip_fraction.item() == 2
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient[0].tolist() == pytest.approx([0, -0.65, 0, -0.25], rel=1e-13)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_largest_ratio_is_that_of_a_real_token(order: tuple[int, ...]) -> None:
+    ratios = torch.tensor([[1.5, 9.0, 9.0], [0.5, 2.5, 9.0], [0.25, 0.125, 2.0]]).double()
+    mask = mask_of([1, 2, 3], 3)
+    rows = list(order)
+    _, stats = policy_loss(
+        ratios.log()[rows], torch.zeros(3, 3), torch.ones(3, 3), mask[rows], EPS, 6
+    )
+    assert stats.ratio_max.item() == pytest.approx(2.5, rel=1e-13)
+    # All ratios below 1, and the padding's would be 1.
+    _, stats = policy_loss(
+        ratios.log()[2:], torch.zeros(1, 3), torch.ones(1, 3), mask_of([2], 3), EPS, 2
+    )
+    assert stats.ratio_max.item() == pytest.approx(0.25, rel=1e-13)
 
 
 def test_gradient_by_hand() -> None:
@@ -112,20 +146,24 @@ def test_before_the_first_update_nothing_is_clipped() -> None:
     st.integers(0, 2),
     st.integers(0, 2**16),
     st.floats(0.05, 0.5),
+    st.none() | st.floats(0.05, 0.9),
 )
 @repeatable
 def test_loss_and_statistics_agree_with_a_loop(
-    lengths: list[int], extra: int, seed: int, eps: float
+    lengths: list[int], extra: int, seed: int, eps: float, eps_high: float | None
 ) -> None:
     batch = random_batch(lengths, extra, seed)
     tokens = sum(lengths)
-    loss, stats = policy_loss(*batch, mask_of(lengths, max(lengths) + extra), eps, tokens)
+    mask = mask_of(lengths, max(lengths) + extra)
+    loss, stats = policy_loss(*batch, mask, eps, tokens, eps_high)
     logprobs, old, advantages = (tensor.tolist() for tensor in batch)
-    expected = naive_policy(logprobs, old, advantages, lengths, eps)
+    high = eps if eps_high is None else eps_high
+    expected = naive_policy(logprobs, old, advantages, lengths, eps, high)
     assert loss.item() == pytest.approx(expected[0] / tokens, rel=1e-11, abs=1e-13)
     assert stats.approx_kl.item() == pytest.approx(expected[1], rel=1e-11)
     assert stats.clip_fraction.item() == expected[2]
     assert stats.ratio.item() == pytest.approx(expected[3], rel=1e-11)
+    assert stats.ratio_max.item() == pytest.approx(expected[4], rel=1e-11)
 
 
 def test_the_loss_is_never_below_the_unclipped_one() -> None:
@@ -160,9 +198,10 @@ def test_micro_batches_add_up_to_the_whole(sizes: tuple[int, ...]) -> None:
         rtol=1e-13,
         atol=0,
     )
-    for i, total in enumerate(whole_stats):
-        added = math.fsum(stats[i].item() for _, stats in parts)
-        assert added == pytest.approx(total.item(), rel=1e-13)
+    for name in ("approx_kl", "clip_fraction", "ratio"):
+        added = math.fsum(getattr(stats, name).item() for _, stats in parts)
+        assert added == pytest.approx(getattr(whole_stats, name).item(), rel=1e-13)
+    assert max(stats.ratio_max for _, stats in parts) == whole_stats.ratio_max
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
@@ -201,11 +240,12 @@ def test_padding_and_batch_order_have_no_effect() -> None:
             assert got.item() == pytest.approx(expected.item(), rel=1e-13)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("eps_high", [None, 0.4])
+def test_gradcheck(eps_high: float | None) -> None:
     logprobs, old, advantages = random_batch(LENGTHS, 0, 5)
     logprobs.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, advantages, MASK, EPS, 7)[0], logprobs
+        lambda x: policy_loss(x, old, advantages, MASK, EPS, 7, eps_high)[0], logprobs
     )
 
 

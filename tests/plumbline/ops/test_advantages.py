@@ -1,6 +1,7 @@
-"""Generalised advantage estimation against hand values and the sum that defines it."""
+"""Advantages and returns against hand values and the sums that define them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plumbline.ops.advantages import gae
+from plumbline.ops.advantages import discounted_returns, gae, leave_one_out, standardise_groups
 
 repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=50)
 
@@ -159,3 +160,122 @@ def test_the_inputs_are_not_changed() -> None:
     gae(rewards, values, mask, 0.9, 0.9)
     for tensor, copy in zip((rewards, values, mask), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+# Discounted returns
+
+
+def test_discounted_returns_by_hand() -> None:
+    # gamma 0.5: 1 + 0.5 * 2 + 0.25 * 4 = 3; 2 + 0.5 * 4 = 4; 4. The second response ends early.
+    rewards = double([[1, 2, 4], [6, -2, 0]])
+    returns = discounted_returns(rewards, mask_of([3, 2], 3), 0.5)
+    assert returns.tolist() == [[3, 4, 4], [5, -2, 0]]
+
+
+@given(all_lengths, st.integers(0, 2), seeds, shares)
+@repeatable
+def test_discounted_returns_agree_with_the_sum_that_defines_them(
+    lengths: list[int], extra: int, seed: int, gamma: float
+) -> None:
+    rewards, _, mask = random_batch(lengths, extra, seed)
+    returns = discounted_returns(rewards, mask, gamma)
+    for row, end in enumerate(lengths):
+        for t in range(end):
+            to_go = math.fsum(gamma ** (s - t) * rewards[row, s].item() for s in range(t, end))
+            assert abs(returns[row, t].item() - to_go) < 1e-12
+        assert not returns[row, end:].any()
+
+
+def test_without_a_discount_a_return_is_the_sum_and_with_all_of_it_the_reward() -> None:
+    rewards, mask = double([[1, 2, 4]]), mask_of([3], 3)
+    assert discounted_returns(rewards, mask, 1.0).tolist() == [[7, 6, 4]]
+    assert discounted_returns(rewards, mask, 0.0).tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e300])
+def test_padding_has_no_effect_on_returns(garbage: float) -> None:
+    rewards, _, mask = random_batch([3, 1, 5], 2, 4)
+    clean = discounted_returns(rewards, mask, 0.9)
+    dirty = discounted_returns(rewards.masked_fill(~mask, garbage), mask, 0.9)
+    assert torch.equal(clean, dirty)
+    assert not clean[~mask].any()
+
+
+# Groups of responses to one prompt
+
+
+def numbers(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 1 - (2 + 6) / 2 = -3; 2 - 3.5 = -1.5; 6 - 1.5 = 4.5; and -4, 0, 4 less -4, 0, 4 over -2.
+    advantages = leave_one_out(numbers([1, 2, 6, -4, 0, 4]), 3)
+    assert advantages.tolist() == [-3, -1.5, 4.5, -6, 0, 6]
+
+
+def test_with_two_responses_leave_one_out_is_their_difference() -> None:
+    assert leave_one_out(numbers([3, 1, 5, 5]), 2).tolist() == [2, -2, 0, 0]
+
+
+group_sizes = st.integers(2, 6)
+
+
+@given(group_sizes, st.integers(1, 4), seeds)
+@repeatable
+def test_leave_one_out_agrees_with_a_loop(size: int, prompts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    returns = torch.randn(prompts * size, dtype=torch.float64, generator=generator)
+    advantages = leave_one_out(returns, size)
+    for i, own in enumerate(returns.tolist()):
+        first = i // size * size
+        others = [returns[j].item() for j in range(first, first + size) if j != i]
+        assert advantages[i].item() == pytest.approx(own - sum(others) / (size - 1), abs=1e-12)
+
+
+def test_standardised_groups_by_hand() -> None:
+    # Mean 3, variance ((1 - 3)^2 + (2 - 3)^2 + (6 - 3)^2) / 2 = 7; the next group lies 100 higher.
+    advantages = standardise_groups(numbers([1, 2, 6, 101, 102, 106]), 3)
+    scale = math.sqrt(7) + 1e-4
+    assert advantages.tolist() == pytest.approx([-2 / scale, -1 / scale, 3 / scale] * 2, rel=1e-12)
+
+
+@given(group_sizes, st.integers(1, 4), seeds)
+@repeatable
+def test_standardised_groups_agree_with_a_loop(size: int, prompts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    returns = torch.randn(prompts * size, dtype=torch.float64, generator=generator)
+    advantages = standardise_groups(returns, size)
+    for i, own in enumerate(returns.tolist()):
+        group = returns[i // size * size :][:size].tolist()
+        mean = math.fsum(group) / size
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in group) / (size - 1))
+        assert advantages[i].item() == pytest.approx((own - mean) / (std + 1e-4), abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2, 3, 6, 7])
+def test_equal_returns_give_exactly_zero(value: float, dtype: torch.dtype, size: int) -> None:
+    # Six times 0.1 does not add up to 0.6: the mean is not the number itself.
+    returns = torch.full((2 * size,), value, dtype=dtype)
+    returns[size:] = torch.arange(size)
+    advantages = standardise_groups(returns, size)
+    assert advantages[:size].tolist() == [0.0] * size
+    assert advantages[size:].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, standardise_groups])
+@pytest.mark.parametrize(("responses", "size"), [(6, 4), (5, 2), (3, 1), (4, 0), (2, 4)])
+def test_groups_that_do_not_divide_the_responses_are_refused(
+    compare: Any, responses: int, size: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"at least 2 that divide .* got {size} for {responses}"):
+        compare(torch.zeros(responses), size)
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, standardise_groups])
+def test_a_constant_on_all_returns_of_a_prompt_changes_nothing(compare: Any) -> None:
+    returns = numbers([1, 2, 6, 4, -4, 0])
+    shifted = returns + numbers([10, 10, 10, -5, -5, -5])
+    assert compare(shifted, 3).tolist() == pytest.approx(compare(returns, 3).tolist(), abs=1e-12)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
-from plumbline.params.schema import DPOParams
+from plumbline.params.schema import DPOParams, LoraParams
 from plumbline.training.dpo import (
     PairLogprobs,
     held_out_metrics,
@@ -20,6 +20,8 @@ from plumbline.training.dpo import (
     sum_logprobs,
     train_dpo,
 )
+from plumbline.training.lora import adapter_off, add_adapter
+from plumbline.training.precision import Precision, autocast
 from plumbline.training.reporting import ignore_progress
 
 PAD, EOS = 0, 1
@@ -61,11 +63,13 @@ def train(
     rows: list[dict[str, Any]] = ROWS,
     seed: int = 0,
     pad: int = PAD,
+    precision: Precision = "fp32",
 ) -> list[Mapping[str, float]]:
     history: list[Mapping[str, float]] = []
     train_dpo(
         policy, rows, reference or pair_logprobs(policy, rows, 4, pad), params, pad_token_id=pad,
-        seed=seed, log=lambda _, metrics: history.append(metrics), progress=ignore_progress,
+        seed=seed, precision=precision, log=lambda _, metrics: history.append(metrics),
+        progress=ignore_progress,
     )  # fmt: skip
     return history
 
@@ -301,6 +305,32 @@ def test_the_seed_decides_every_bit(lm: PreTrainedModel) -> None:
         trained.append(weights(model))
     assert torch.equal(trained[0], trained[1])
     assert not torch.equal(trained[0], trained[2])
+
+
+def test_with_an_adapter_the_reference_stays_inside_the_policy(lm: PreTrainedModel) -> None:
+    add_adapter(lm, LoraParams(enabled=True, rank=4), seed=0)
+    with adapter_off(lm):
+        reference = pair_logprobs(lm, ROWS, 5, PAD)
+    (first, *_) = train(lm, dpo_params(epochs=10, learning_rate=5e-3), reference)
+    assert first["dpo/margin"] > 0
+    with adapter_off(lm):
+        again = pair_logprobs(lm, ROWS, 5, PAD)
+    for one, other in zip(reference, again, strict=True):
+        assert torch.equal(one, other)
+    metrics = held_out_metrics(lm, ROWS, reference, dpo_params(), PAD)
+    assert metrics["dpo/held_out_accuracy"] > 0.9
+
+
+def test_bf16_trains_the_same_thing_less_exactly(lm: PreTrainedModel) -> None:
+    other = copy.deepcopy(lm)
+    reference = pair_logprobs(lm, ROWS, 5, PAD)
+    wide = train(lm, dpo_params(epochs=5), reference)
+    with autocast(other.device, "bf16"):
+        reference = pair_logprobs(other, ROWS, 5, PAD)
+    narrow = train(other, dpo_params(epochs=5), reference, precision="bf16")
+    assert other.dtype == torch.float32
+    assert narrow[0]["dpo/loss"] == pytest.approx(wide[0]["dpo/loss"], rel=0.1)
+    assert narrow[0]["dpo/loss"] != wide[0]["dpo/loss"]
 
 
 def test_log_probabilities_of_other_rows_are_refused(lm: PreTrainedModel) -> None:

@@ -72,6 +72,17 @@ WEAK_PENALTY: dict[str, Sequence[float]] = {
     ),
 }
 """A longer run with kl_coef 0.03, measured: far from the reference, but it held."""
+NO_PENALTY: dict[str, Sequence[float]] = {
+    "objective/scores": (
+        -0.0342, 0.558, 0.8, 0.979, 0.869, 1.07, 0.969, 1.19, 1.46, 1.36, 1.33, 1.51, 1.57,
+        1.76, 1.73, 1.64, 1.71, 1.87, 2.03, 2.14, 2.16, 2.11, 2.29, 2.34,
+    ),
+    "objective/reward_gold": (
+        0.531, 0.766, 0.785, 0.773, 0.711, 0.707, 0.652, 0.695, 0.645, 0.652, 0.574, 0.645,
+        0.602, 0.633, 0.613, 0.562, 0.57, 0.531, 0.59, 0.602, 0.559, 0.582, 0.559, 0.527,
+    ),
+}
+"""kl_coef 0, learning rate 1e-3, 4 epochs, measured: the gold score turns down early."""
 # fmt: on
 
 PLAIN = RLParams()
@@ -157,6 +168,8 @@ def test_kl_that_is_large_at_every_token_is_a_runaway() -> None:
 def test_kl_that_is_large_only_for_long_responses_is_none() -> None:
     history = healthy(objective__kl=[12.0] * 20, response__length_mean=[100.0] * 20)
     assert names(history) == []
+    grown = healthy(objective__kl=[1.0] * 15 + [12.0] * 5, response__length_mean=[100.0] * 20)
+    assert names(grown) == []
 
 
 def test_kl_that_is_large_only_for_short_responses_is_none() -> None:
@@ -183,7 +196,7 @@ def test_kl_that_doubles_near_the_reference_is_none() -> None:
 
 
 def test_one_rollout_of_large_kl_is_none() -> None:
-    assert names(healthy(objective__kl=[2.0] * 18 + [40.0, 2.0])) == []
+    assert names(healthy(objective__kl=[2.0] * 19 + [40.0])) == []
 
 
 def test_kl_far_over_an_adaptive_controllers_target_is_a_runaway() -> None:
@@ -233,6 +246,10 @@ def test_a_judge_that_falls_while_the_reward_rises_is_over_optimisation() -> Non
         objective__judge=[a + b for a, b in zip(TURNING, noise(20, 0.03, 2), strict=True)],
     )
     assert names(later) == ["over_optimisation_judge"]
+
+
+def test_over_optimisation_that_was_measured_is_found() -> None:
+    assert reports(rows(NO_PENALTY), OBSERVED) == [(17, "over_optimisation_reward_gold")]
 
 
 def test_a_judge_that_falls_with_the_reward_is_none() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
 from plumbline.params.schema import RewardModelParams
+from plumbline.training.precision import autocast
 from plumbline.training.reporting import ignore_progress
 from plumbline.training.reward_model import (
     normalise_on,
@@ -232,6 +233,20 @@ def test_demonstrations_get_std_1_where_asked(scorer: PreTrainedModel) -> None:
     assert float(after.std()) == pytest.approx(1, abs=1e-4)
     assert metrics["judge/normalised_std"] == pytest.approx(1, abs=1e-4)
     torch.testing.assert_close(after * std + mean, before, atol=1e-4, rtol=0)
+
+
+def test_normalised_scores_are_seen_inside_one_autocast(scorer: PreTrainedModel) -> None:
+    # It keeps narrow copies of the weights, which the normalisation changes.
+    with autocast(scorer.device, "bf16"):
+        before = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
+        mean, std, metrics = normalise_on(
+            scorer, DEMONSTRATIONS, rm_params(normalize="mean_std"), PAD
+        )
+        after = score_texts(scorer, DEMONSTRATIONS, 14, PAD)
+    assert abs(std - 1) > 0.1
+    assert metrics["reward_model/normalised_std"] == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(after, (before - mean) / std, atol=0.1, rtol=0)
+    assert before.dtype == torch.float32
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(scorer: PreTrainedModel) -> None:
