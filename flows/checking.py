@@ -23,5 +23,6 @@ def check_data(project: Project, experiment: Experiment) -> dict[str, int]:
             on_invalid="fail",
             limits=limits_of(experiment.data),
             counter_for=token_counter(experiment.model, project.root),
+            long_prompts=experiment.data.long_prompts,
         )
     return prepared.rows

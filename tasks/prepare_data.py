@@ -42,6 +42,7 @@ def prepare_data(
                 on_invalid=params.on_invalid,
                 limits=limits_of(params),
                 counter_for=token_counter(model, project.root),
+                long_prompts=params.long_prompts,
             )
         except InvalidData as error:
             _report(tracked, error.failures)
@@ -61,6 +62,8 @@ def prepare_data(
         metrics |= {
             "data/failures": float(len(prepared.failures)),
             "data/quarantined_rows": float(prepared.quarantined),
+            "data/cut_rows": float(sum(prepared.cut.values())),
+            "data/merged_rows": float(prepared.merged),
         }
         tracked.finals(metrics)
         tracked.dataset(data.path, data.digest, data.path, sum(prepared.rows.values()), "source")

@@ -1,14 +1,24 @@
-"""A tiny GPT-2 and its tokenizer, as models in memory and as folders."""
+"""Tiny models and a tokenizer, in memory and as folders."""
 
 import copy
 import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from plumbline.data.tokenize import ChatEncoder, train_tokenizer
 from plumbline.models.load import build_scratch_model
@@ -57,6 +67,44 @@ def shared_lm(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def lm(shared_lm: PreTrainedModel) -> PreTrainedModel:
     """A copy that a test may train."""
     return copy.deepcopy(shared_lm)
+
+
+ROPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        )
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**ROPE, tie_word_embeddings=True)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=sorted(FAMILIES))
+def shared_family_lm(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return FAMILIES[request.param]().eval()
+
+
+@pytest.fixture
+def family_lm(shared_family_lm: PreTrainedModel) -> PreTrainedModel:
+    """A tiny language model of each family that users bring, a copy that a test may train."""
+    return copy.deepcopy(shared_family_lm)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,30 +12,25 @@ from plumbline.params.schema import EvaluateParams, Experiment, LocalModel, RLPa
 GOLD = "plumbline.evaluation.principles:gold_score"
 
 
-def experiment(**sections: Any) -> Experiment:
-    # A model that fits the default prompts and responses.
-    return Experiment(**sections)
-
-
 def test_a_sound_experiment_passes(tmp_path: Path) -> None:
-    sound = experiment(rl=RLParams(rewards={GOLD: 0.5}), evaluate=EvaluateParams(gold=GOLD))
+    sound = Experiment(rl=RLParams(rewards={GOLD: 0.5}), evaluate=EvaluateParams(gold=GOLD))
     check_experiment(sound, tmp_path)
 
 
 def test_a_reward_function_that_is_missing_is_named(tmp_path: Path) -> None:
-    broken = experiment(rl=RLParams(rewards={GOLD: 0.5, "plumbline.errors:nope": 1.0}))
+    broken = Experiment(rl=RLParams(rewards={GOLD: 0.5, "plumbline.errors:nope": 1.0}))
     with pytest.raises(ParamsError, match=r"^rl\.rewards: .*'plumbline\.errors:nope'"):
         check_experiment(broken, tmp_path)
 
 
 def test_a_gold_scorer_that_is_missing_is_named(tmp_path: Path) -> None:
-    broken = experiment(evaluate=EvaluateParams(gold="no_such_module_here.gold"))
+    broken = Experiment(evaluate=EvaluateParams(gold="no_such_module_here.gold"))
     with pytest.raises(ParamsError, match=r"^evaluate\.gold: .*no_such_module_here"):
         check_experiment(broken, tmp_path)
 
 
 def test_a_model_that_is_missing_is_named(tmp_path: Path) -> None:
-    broken = experiment(model=LocalModel(source="local", path="nowhere"))
+    broken = Experiment(model=LocalModel(source="local", path="nowhere"))
     with pytest.raises(ParamsError, match=r"^model\.path: .*nowhere"):
         check_experiment(broken, tmp_path)
 
@@ -49,7 +43,7 @@ def test_prompt_and_response_must_fit_the_pretrained_models_context(
     (tmp_path / "model").mkdir()
     config = json.dumps({"max_position_embeddings": context})
     (tmp_path / "model" / "config.json").write_text(config)
-    asked = experiment(model=LocalModel(source="local", path="model"))
+    asked = Experiment(model=LocalModel(source="local", path="model"))
     if fits:
         check_experiment(asked, tmp_path)
     else:

@@ -140,8 +140,10 @@ class ChatEncoder:
         ]
 
     def _render(self, prompt: str) -> tuple[str, dict[str, str]]:
-        """The rendered text, in which a character stands for each special token that a content
-        spells; and what the characters stand for."""
+        """The rendered prompt, with stand-ins for the special tokens that contents spell.
+
+        Also what each stand-in, a character that no content has, stands for.
+        """
         messages = json.loads(prompt)
         contents = "".join(message["content"] for message in messages)
         found = dict.fromkeys(self._spelled.findall(contents))

@@ -152,14 +152,14 @@ def test_score_histogram_counts_each_group() -> None:
 
 
 def test_calibration_shows_shares_intervals_and_counts() -> None:
-    three = math.log(3)
-    bins = pair_calibration([three, three, three, -three, 5.0])
+    sure = math.log(3.2)
+    bins = pair_calibration([sure, sure, sure, -sure, 5.0])
     figure = calibration_plot(bins, "Calibration", stated="confidence", outcome="share right")
     above, below = figure.axes
     assert above.get_title(loc="left") == "Calibration"
     assert (below.get_xlabel(), above.get_ylabel()) == ("confidence", "share right")
     spots = above.containers[0].lines[0].get_xydata()
-    assert spots[0].tolist() == pytest.approx([0.75, 0.75])
+    assert spots[0].tolist() == pytest.approx([3.2 / 4.2, 0.75])
     bar = above.containers[0].lines[2][0].get_segments()[0]
     # Wilson's interval of 3 out of 4.
     assert bar[:, 1].tolist() == pytest.approx([0.3006, 0.9544], abs=1e-4)
@@ -167,8 +167,8 @@ def test_calibration_shows_shares_intervals_and_counts() -> None:
     assert [text.get_text() for text in below.texts] == ["4", "1"]
     legend = above.get_legend()
     assert legend is not None
-    # |0.75 - 0.75| * 4/5 + |1 - sigmoid(5)| / 5.
-    assert legend.get_title().get_text() == "ECE 0.001, N = 5"
+    # |0.75 - 0.762| * 4/5 + |1 - sigmoid(5)| / 5.
+    assert legend.get_title().get_text() == "ECE 0.011, N = 5"
     assert below.get_xlim() == pytest.approx((0.49, 1.01))
     assert drawn(figure)
 

@@ -166,7 +166,9 @@ def bare_folder(lm_folder: Path, folder: Path, **changes: object) -> LocalModel:
     for name, value in changes.items():
         setattr(bare, name, value)
     bare.save_pretrained(folder)
-    load_lm(lm_folder).save_pretrained(folder)
+    model = load_lm(lm_folder)
+    model.config.pad_token_id = model.generation_config.pad_token_id = None
+    model.save_pretrained(folder)
     return LocalModel(source="local", path=str(folder))
 
 

@@ -1,4 +1,4 @@
-"""Log-probs, entropies, values and scores of a padded batch against each sequence alone."""
+"""Log-probs, hidden states, values and scores of a padded batch against each sequence alone."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from plumbline.rollout.experience import (
     Sequences,
     pad_columns,
+    response_logits,
     response_logprobs,
     response_values,
     score_sequences,
@@ -24,6 +25,7 @@ def as_responses(answers: list[list[int]], pad: int = PAD) -> Responses:
         torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers]),
         torch.tensor([[t < len(answer) for t in range(width)] for answer in answers]),
         torch.tensor([answer[-1] == EOS for answer in answers]),
+        torch.zeros(len(answers), width),
     )
 
 
@@ -56,46 +58,90 @@ def test_rows_of_everything_change_nothing(joined: Sequences) -> None:
 
 def naive_logprobs(
     model: PreTrainedModel, query: list[int], answer: list[int], temperature: float
-) -> tuple[list[float], list[float]]:
-    """Log-prob and entropy of each token of the answer, from the unpadded sequence."""
+) -> list[float]:
+    """Log-prob of each token of the answer, from the unpadded sequence."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*query, *answer]])).logits[0].double()
     logp = torch.log_softmax(logits / temperature, -1)
-    at = [len(query) - 1 + t for t in range(len(answer))]
-    chosen = [float(logp[place, token]) for place, token in zip(at, answer, strict=True)]
-    return chosen, [float(-(logp[place].exp() * logp[place]).sum()) for place in at]
+    return [float(logp[len(query) - 1 + t, token]) for t, token in enumerate(answer)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_padding_changes_no_logprob_and_no_entropy(
+def test_padding_changes_no_logprob(
     lm: PreTrainedModel, joined: Sequences, temperature: float
 ) -> None:
     with torch.no_grad():
-        logprobs, uncertainty = response_logprobs(lm, joined, temperature)
+        logprobs = response_logprobs(lm, joined, temperature)
+    assert logprobs.shape == joined.response_mask.shape
     for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
-        chosen, entropies = naive_logprobs(lm, query, answer, temperature)
-        assert logprobs[row, : len(answer)].tolist() == pytest.approx(chosen, abs=1e-5)
-        assert uncertainty[row, : len(answer)].tolist() == pytest.approx(entropies, abs=1e-5)
+        expected = naive_logprobs(lm, query, answer, temperature)
+        assert logprobs[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_family_has_its_logprobs(family_lm: PreTrainedModel, joined: Sequences) -> None:
+    with torch.no_grad():
+        logprobs = response_logprobs(family_lm, joined, 0.8)
+    for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
+        expected = naive_logprobs(family_lm, query, answer, 0.8)
+        assert logprobs[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_micro_batch_has_the_logprobs_of_the_whole(
     lm: PreTrainedModel, joined: Sequences
 ) -> None:
     with torch.no_grad():
-        whole = response_logprobs(lm, joined, 1.0)[0]
+        whole = response_logprobs(lm, joined, 1.0)
         part = joined.rows(torch.tensor([2, 0]))
-        few = response_logprobs(lm, part, 1.0)[0]
+        few = response_logprobs(lm, part, 1.0)
     torch.testing.assert_close(
         few[part.response_mask], whole[[2, 0], :3][part.response_mask], atol=1e-5, rtol=0
     )
 
 
-def test_the_policy_learns_from_logprobs_and_not_from_entropies(
-    lm: PreTrainedModel, joined: Sequences
+def test_the_policy_learns_from_logprobs(lm: PreTrainedModel, joined: Sequences) -> None:
+    assert response_logprobs(lm, joined, 1.0).requires_grad
+
+
+def test_hidden_states_are_those_behind_the_logits(
+    family_lm: PreTrainedModel, joined: Sequences
 ) -> None:
-    logprobs, uncertainty = response_logprobs(lm, joined, 1.0)
-    assert logprobs.requires_grad
-    assert not uncertainty.requires_grad
+    with torch.no_grad():
+        logits, hidden = response_logits(family_lm, joined)
+        assert logits.shape == (*joined.response_mask.shape, 300)
+        assert hidden.shape == (*joined.response_mask.shape, 32)
+        for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
+            # Before each token of the answer, of the sequence alone.
+            ids = torch.tensor([[*query, *answer]])
+            at = slice(len(query) - 1, len(query) + len(answer) - 1)
+            last = family_lm.base_model(input_ids=ids).last_hidden_state[0, at]
+            mine = hidden[row, : len(answer)]
+            torch.testing.assert_close(mine, last, atol=1e-4, rtol=0)
+            said = family_lm(input_ids=ids).logits[0, at]
+            torch.testing.assert_close(logits[row, : len(answer)], said, atol=1e-4, rtol=0)
+            torch.testing.assert_close(mine @ family_lm.lm_head.weight.T, said, atol=1e-4, rtol=0)
+
+
+def test_hidden_states_lead_back_to_the_trunk(lm: PreTrainedModel, joined: Sequences) -> None:
+    hidden = response_logits(lm, joined).hidden
+    hidden[joined.response_mask].sum().backward()
+    assert all(weight.grad is not None for weight in lm.transformer.h.parameters())
+
+
+def test_logits_are_only_kept_of_the_responses(lm: PreTrainedModel, joined: Sequences) -> None:
+    seen: list[int] = []
+    lm.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        response_logits(lm, joined)
+    assert seen == [joined.response_mask.shape[1] + 1]
+
+
+def test_nothing_stays_hooked_to_the_model(lm: PreTrainedModel, joined: Sequences) -> None:
+    with torch.no_grad():
+        response_logits(lm, joined)
+        assert not lm.lm_head._forward_pre_hooks
+        with pytest.raises((RuntimeError, IndexError)):
+            response_logits(lm, joined._replace(ids=joined.ids + 300))
+    assert not lm.lm_head._forward_pre_hooks
 
 
 def naive_value(model: PreTrainedModel, sequence: list[int]) -> float:

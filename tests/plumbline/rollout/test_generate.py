@@ -21,14 +21,14 @@ def draw(
     max_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    eos: int = EOS,
+    stops: Sequence[int] = (EOS,),
     pad: int = PAD,
 ) -> Responses:
     return sample_responses(
         model,
         queries,
         max_tokens=max_tokens,
-        eos_token_id=eos,
+        stop_token_ids=stops,
         pad_token_id=pad,
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
@@ -65,6 +65,20 @@ def test_a_response_ends_with_its_first_end_token(pad: int) -> None:
     assert responses.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
     assert responses.has_eos.tolist() == [True, True, True, False]
     assert responses.lists() == [[5, EOS], [6, 7, 8, EOS], [EOS], [9, 9, 9, 9]]
+
+
+def test_each_stop_token_ends_a_response() -> None:
+    # A chat model may end a turn with one token and a document with another.
+    model = Scripted([[5, 7, EOS, 9], [6, EOS, 7, 9], [5, 5, 5, 5], [7, EOS, 5, 5]])
+    responses = draw(model, [[3]] * 4, max_tokens=4, stops=(EOS, 7))
+    assert responses.lists() == [[5, 7], [6, EOS], [5, 5, 5, 5], [7]]
+    assert responses.has_eos.tolist() == [True, True, False, True]
+
+
+def test_a_stop_token_at_the_limit_ends_its_response() -> None:
+    responses = draw(Scripted([[5, 6, EOS], [5, 6, 7]]), [[3], [3]], max_tokens=3)
+    assert responses.lists() == [[5, 6, EOS], [5, 6, 7]]
+    assert responses.has_eos.tolist() == [True, False]
 
 
 def test_a_pad_token_that_is_said_counts() -> None:
@@ -173,14 +187,51 @@ def test_the_generator_alone_decides(lm: PreTrainedModel, sequences: list[list[i
     assert first.lists() == again.lists() != other.lists()
 
 
-def test_a_query_that_ends_in_the_end_token_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"query 1 ends in the end token 1; expected a prompt"):
-        draw(Scripted([[5], [5]]), [[3], [3, EOS]], max_tokens=1)
+@pytest.mark.parametrize("stop", [EOS, 7])
+def test_a_query_that_ends_in_a_stop_token_is_refused(stop: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"query 1 ends in the stop token {stop}; expected a prompt"
+    ):
+        draw(Scripted([[5], [5]]), [[3], [3, stop]], max_tokens=1, stops=(EOS, 7))
 
 
 def test_an_end_token_inside_a_query_is_fine() -> None:
     assert draw(Scripted([[5]]), [[3, EOS, 4]], max_tokens=1).lists() == [[5]]
 
 
+def naive_logprobs(
+    model: PreTrainedModel, query: Sequence[int], answer: Sequence[int], temperature: float
+) -> list[float]:
+    """Log-prob of each token of the answer in one forward pass over the unpadded sequence."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*query, *answer]])).logits[0].double()
+    logp = torch.log_softmax(logits / temperature, -1)
+    return [float(logp[len(query) - 1 + t, token]) for t, token in enumerate(answer)]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_logprobs_while_decoding_are_those_of_a_forward_pass(
+    family_lm: PreTrainedModel, sequences: list[list[int]], temperature: float
+) -> None:
+    # Some end early, so that later tokens of the others are drawn beside padding.
+    stops = tuple(range(1, 60))
+    queries = [[*sequence, 299] for sequence in sequences]
+    responses = draw(family_lm, queries, max_tokens=8, temperature=temperature, stops=stops, seed=1)
+    lengths = [len(answer) for answer in responses.lists()]
+    assert len(set(lengths)) > 2
+    assert responses.logprobs.dtype == torch.float32
+    for row, (query, answer) in enumerate(zip(queries, responses.lists(), strict=True)):
+        expected = naive_logprobs(family_lm, query, answer, temperature)
+        assert responses.logprobs[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+        assert not responses.logprobs[row, len(answer) :].any()
+
+
+def test_a_token_drawn_for_sure_costs_nothing() -> None:
+    responses = draw(Scripted([[5, EOS, 7], [6, 7, 8]]), [[3], [3]], max_tokens=3)
+    assert responses.logprobs.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
 def test_sampling_leaves_no_graph(lm: PreTrainedModel) -> None:
-    assert not draw(lm, [[3]], max_tokens=2).ids.requires_grad
+    responses = draw(lm, [[3]], max_tokens=2)
+    assert not responses.ids.requires_grad
+    assert not responses.logprobs.requires_grad

@@ -49,8 +49,8 @@ def test_ppo_is_gae_by_hand() -> None:
     # A 2.5; 2.35 + 0.72 * 2.5 = 4.15; 1.4 + 0.72 * 4.15 = 4.388. Row 1: 6 - 2 = 4.
     params = rl_params("ppo", gamma=0.9, gae_lambda=0.8)
     advantages, returns = credit_of(params, values=VALUES)
-    assert [[4.388, 4.15, 2.5], [4, 0, 0]] == rows(advantages)
-    assert [[4.888, 5.15, 4], [6, 0, 0]] == rows(returns)
+    assert rows(advantages) == [[4.388, 4.15, 2.5], [4, 0, 0]]
+    assert rows(returns) == [[4.888, 5.15, 4], [6, 0, 0]]
 
 
 def test_ppos_returns_are_those_before_whitening() -> None:
@@ -60,7 +60,7 @@ def test_ppos_returns_are_those_before_whitening() -> None:
     mean, std = math.fsum(raw) / 4, math.sqrt(variance(raw) + 1e-8)
     a, b, c, d = ((value - mean) / std for value in raw)
     assert [[a, b, c], [d, 0, 0]] == rows(advantages)
-    assert [[4.888, 5.15, 4], [6, 0, 0]] == rows(returns)
+    assert rows(returns) == [[4.888, 5.15, 4], [6, 0, 0]]
 
 
 # reinforce
@@ -117,6 +117,10 @@ def test_one_baseline_serves_all_rollouts_of_a_run() -> None:
 
 # rloo and grpo
 
+GROUPS_OF_3 = {
+    "responses_per_prompt": 3, "episodes": 6, "rollout_batch_size": 6, "mini_batch_size": 6,
+    "micro_batch_size": 6,
+}  # fmt: skip
 GROUP_MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
 # Whole returns 1, 5, 6 of the first prompt, 2, 2, 2 of the second.
 GROUPS = torch.tensor(
@@ -126,16 +130,14 @@ GROUPS = torch.tensor(
 
 def test_rloo_compares_with_the_mean_of_the_others() -> None:
     # 1 - (5 + 6) / 2 = -4.5; 5 - 3.5 = 1.5; 6 - 3 = 3; and 0 where all are the same.
-    params = rl_params("rloo", responses_per_prompt=3, rollout_batch_size=6, mini_batch_size=6,
-                       micro_batch_size=6, episodes=6)  # fmt: skip
+    params = rl_params("rloo", **GROUPS_OF_3)
     advantages, returns = credit_of(params, GROUPS, GROUP_MASK)
-    assert [[-4.5, -4.5], [1.5, 0], [3, 3], [0, 0], [0, 0], [0, 0]] == rows(advantages)
+    assert rows(advantages) == [[-4.5, -4.5], [1.5, 0], [3, 3], [0, 0], [0, 0], [0, 0]]
     assert returns is None
 
 
 def test_rloo_may_be_whitened() -> None:
-    params = rl_params("rloo", responses_per_prompt=3, whiten_advantages=True,
-                       rollout_batch_size=6, mini_batch_size=6, micro_batch_size=6, episodes=6)  # fmt: skip
+    params = rl_params("rloo", whiten_advantages=True, **GROUPS_OF_3)
     raw = [-4.5, -4.5, 1.5, 3, 3, 0, 0, 0, 0, 0]
     mean, std = math.fsum(raw) / 10, math.sqrt(variance(raw) + 1e-8)
     a, b, c, zero = ((value - mean) / std for value in (-4.5, 1.5, 3, 0))
@@ -146,8 +148,7 @@ def test_rloo_may_be_whitened() -> None:
 
 def test_grpo_standardises_each_group() -> None:
     # Mean 4, variance (9 + 1 + 4) / 2 = 7, and 1e-4 beside the standard deviation.
-    params = rl_params("grpo", responses_per_prompt=3, rollout_batch_size=6, mini_batch_size=6,
-                       micro_batch_size=6, episodes=6)  # fmt: skip
+    params = rl_params("grpo", **GROUPS_OF_3)
     advantages, returns = credit_of(params, GROUPS, GROUP_MASK)
     scale = math.sqrt(7) + 1e-4
     expected = [[-3 / scale] * 2, [1 / scale, 0], [2 / scale] * 2]
