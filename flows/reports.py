@@ -10,7 +10,16 @@ from plumbline.project import Project
 from plumbline.refs import StepResult
 from tasks import tracking
 
-PICTURES = ("curves.png", "reward-kl.png", "scores.png", "reward_model_scores.png")
+PICTURES = (
+    "curves.png",
+    "reward-kl.png",
+    "scores.png",
+    *(
+        f"{model}_{kind}.png"
+        for model in ("reward_model", "judge")
+        for kind in ("scores", "calibration")
+    ),
+)
 
 
 def read_samples(evaluation: StepResult) -> list[dict[str, object]]:
@@ -63,6 +72,7 @@ def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     rows = {
         "reward-model score": "score",
         "gold score": "gold",
+        "judge's score": "judge",
         "KL to SFT (nats a response)": "kl",
         "length (tokens)": "length_mean",
         "distinct-1": "distinct_1",

@@ -71,7 +71,9 @@ def dpo(
         with autocast(device, resolved):
             metrics = held_out_metrics(policy, test, held_out_reference, params, pad)
         tracked.json("history", history)
-        publish_image(tracked, "curves", dpo_curves(history, f"{run.name}: DPO, beta {params.beta:g}"))
+        publish_image(
+            tracked, "curves", dpo_curves(history, f"{run.name}: DPO, beta {params.beta:g}")
+        )
         return tracked.policy(
             policy,
             tokenizer,

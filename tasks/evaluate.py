@@ -20,7 +20,7 @@ from plumbline.evaluation.reward_kl import reward_against_kl
 from plumbline.functions import load_function
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model
-from plumbline.params.schema import EvaluateParams, SamplingParams
+from plumbline.params.schema import EvaluateParams, SamplingParams, reward_name
 from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest
 from plumbline.training.device import training_device
 from plumbline.training.precision import autocast, resolve_precision
@@ -105,6 +105,7 @@ def evaluate(
                 "Reward against the distance from the SFT model",
                 best_of_n=curve,
                 held_out=metrics,
+                gold_curve=f"objective/reward_{reward_name(params.gold)}" if params.gold else "",
             ),
         )
         uri = tracked.figures["samples.json"]

@@ -8,7 +8,13 @@ from plumbline.refs import EvaluationRef, ModelRef, RegistrationRef
 from tasks import tracking
 from tasks.caching import step_options
 
-SCORES = ("eval/win_rate", "eval/policy/score", "eval/policy/kl", "eval/policy/gold", "eval/policy/judge")
+SCORES = (
+    "eval/win_rate",
+    "eval/policy/score",
+    "eval/policy/kl",
+    "eval/policy/gold",
+    "eval/policy/judge",
+)
 """What the registry's page says of a version."""
 
 

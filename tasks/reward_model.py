@@ -66,7 +66,9 @@ def make_reward_model(
             for ref in (judgements.train, preferences.test, demonstrations)
         )
         rated = (
-            encode_rows(read_rows(tracking.open_uri(ratings.test.uri)), encoder) if ratings else None
+            encode_rows(read_rows(tracking.open_uri(ratings.test.uri)), encoder)
+            if ratings
+            else None
         )
         if half is not None:
             train = take_half(train, half)

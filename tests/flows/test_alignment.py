@@ -19,6 +19,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
+from flows.reports import PICTURES
 from plumbline.data.tokenize import SCRATCH_TEMPLATE, ChatEncoder
 from plumbline.models.load import load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model, sequence_scores
@@ -190,16 +191,18 @@ def test_figures_and_tables_are_artifacts(trained, client):
     def names(step):
         return artifact_names(client, steps[step]["mlflow_run_id"])
 
-    assert {"curves.png", "reward-kl.png", "history.json"} <= names("rl")
-    assert {"scores.png", "samples.json"} <= names("evaluate")
-    assert "reward_model_scores.png" in names("reward_model")
+    assert {"curves.png", "history.json"} <= names("rl")
+    assert {"scores.png", "reward-kl.png", "samples.json"} <= names("evaluate")
+    assert {"reward_model_scores.png", "reward_model_calibration.png"} <= names("reward_model")
     assert "prepared" in names("prepare_data")
 
 
 def test_the_report_has_the_figures_and_the_numbers(trained):
     report = Path(trained.first["report"])
 
-    for name in ("curves.png", "reward-kl.png", "scores.png", "reward_model_scores.png"):
+    for name in PICTURES:
+        if name.startswith("judge"):
+            continue
         assert (report / name).read_bytes().startswith(b"\x89PNG")
     assert "![curves](curves.png)" in (report / "report.md").read_text()
     summary = json.loads((report / "summary.json").read_bytes())

@@ -64,7 +64,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(project):
         ("rl.kl_coef=-1", "rl.kl_coef: expected"),
         ("rl.kl_coef=much", "rl.kl_coef: expected"),
         ("seed=-1", "seed: expected"),
-        ("rl.algorithm=reinforce", "rl.algorithm: expected"),
+        ("rl.algorithm=ppg", "rl.algorithm: expected"),
         ("rl.klcoef=1", "rl.kl_coef"),
         ("rl.mini_batch_size=7", "must divide"),
         ("model.context_tokens=64", "must fit the model's context"),

@@ -60,7 +60,11 @@ def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     hidden = backbone(
         input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
-    return cast(Tensor, score_head(model)(hidden).squeeze(-1)) - score_shift(model)
+    head = score_head(model)
+    # In bf16 a score near 3 would come in steps of 1/64, and different responses would tie.
+    with torch.autocast(hidden.device.type, enabled=False):
+        values = cast(Tensor, head(hidden.to(head.weight.dtype)).squeeze(-1))
+    return values - score_shift(model)
 
 
 def sequence_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values [B, R] of hidden states [B, R, H]."""
-        values: Tensor = self.linear(hidden).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: Tensor = self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
         return values
 
 

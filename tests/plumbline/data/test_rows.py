@@ -24,7 +24,7 @@ def test_demonstrations(tmp_path: Path, encoder: ChatEncoder, as_prompt: AsPromp
     rows = encode_rows(read_rows(path), encoder)
     assert [row["prompt"] for row in rows] == encoder.prompts(prompts)
     assert [row["response"] for row in rows] == encoder.responses(["Yes", "No"])
-    assert set(rows[0]) == {"prompt", "response"}
+    assert set(rows[0]) == {"prompt", "response", "prompt_id"}
 
 
 def test_preferences_keep_what_the_data_says_of_a_pair(

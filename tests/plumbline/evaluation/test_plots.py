@@ -82,7 +82,6 @@ def test_without_a_critic_other_panels_take_the_place_of_its_own() -> None:
     clip_fraction = figure.axes[5]
     assert len(clip_fraction.lines) == 2
     assert clip_fraction.get_legend() is None
-    assert drawn(figure)
 
 
 def test_the_kl_loss_the_judge_and_reward_functions_have_panels() -> None:
@@ -113,7 +112,6 @@ def test_values_that_are_missing_or_no_numbers_are_left_out() -> None:
     explained = shown["Explained variance of the critic"]
     assert list(explained.lines[0].get_xdata()) == [8, 24]
     assert np.isfinite(np.asarray(explained.lines[1].get_ydata())).all()
-    assert drawn(figure)
 
 
 def test_dpo_has_curves_over_steps() -> None:

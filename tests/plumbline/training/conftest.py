@@ -1,7 +1,7 @@
 """Models of RL, and a rollout with fixed answers whose numbers a naive loop finds out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plumbline.data.tokenize import ChatEncoder
 from plumbline.params.schema import RLParams, SamplingParams
 from plumbline.rollout.experience import Sequences
 from plumbline.rollout.generate import Responses
 from plumbline.training.models import Models
 from plumbline.training.policy_update import Setting
+from plumbline.training.reporting import ignore_progress, ignore_warnings
+from plumbline.training.rl import train_rl
 
 PAD, EOS = 0, 1
 
@@ -40,6 +43,9 @@ def make_setting() -> Callable[..., Setting]:
             "learning_rate": 1e-3,
             "schedule": "constant",
             "warmup_fraction": 0.0,
+            # So few tokens seldom end: all would score the same.
+            "missing_eos": "subtract",
+            "missing_eos_score": 0.0,
         }
         sampling = SamplingParams(response_tokens=response_tokens, temperature=temperature)
         return Setting(RLParams(**{**defaults, **rl}), sampling, precision)
@@ -146,3 +152,31 @@ def answered() -> Answered:
             [60, EOS],
         ],
     )
+
+
+@pytest.fixture(scope="session")
+def prompts(as_prompt: Callable[[str], str]) -> list[str]:
+    """Eight prompts of a few tokens each."""
+    return [as_prompt(text) for text in ("fold", "a", "old mill", "sky", "Why?", "in", "the", "it")]
+
+
+@pytest.fixture(scope="session")
+def run_rl(prompts: list[str], encoder: ChatEncoder) -> Callable[..., list[dict[str, float]]]:
+    """Trains by RL, and returns the metrics of each rollout."""
+
+    def run(
+        models: Models, setting: Setting, *, seed: int = 0, encoder: Any = encoder
+    ) -> list[dict[str, float]]:
+        history: list[dict[str, float]] = []
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            assert step == metrics["episode"]
+            history.append(dict(metrics))
+
+        train_rl(
+            models, prompts, encoder, setting, seed=seed, log=log, progress=ignore_progress,
+            warn=ignore_warnings,
+        )  # fmt: skip
+        return history
+
+    return run

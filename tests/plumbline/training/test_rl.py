@@ -1,66 +1,60 @@
-"""PPO: metrics against naive loops, micro-batches, seeds, what is trained and what is not."""
+"""RL: metrics against naive loops, what is trained and what is not, seeds, and what is learned."""
 
 import copy
+import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable
 from itertools import islice
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plumbline.errors import TrainingError
-from plumbline.params.schema import RLParams
-from plumbline.rollout.experience import Experience, Sequences
+from plumbline.data.tokenize import ChatEncoder
+from plumbline.errors import ParamsError, TrainingError
+from plumbline.rollout.experience import Experience
 from plumbline.rollout.generate import Responses
-from plumbline.training import rl
-from plumbline.training.reporting import ignore_metrics, ignore_progress
-from plumbline.training.rl import (
-    Models,
-    Tokens,
-    make_experience,
-    make_kl_controller,
-    query_batches,
-    train_rl,
-    update,
-)
+from plumbline.rollout.scoring import Scores
+from plumbline.training.credit import Baseline
+from plumbline.training.models import Models, ValueHead
+from plumbline.training.policy_update import Setting
+from plumbline.training.reporting import ignore_metrics, ignore_progress, ignore_warnings
+from plumbline.training.rl import make_experience, make_kl_controller, prompt_batches, train_rl
 
-PAD, EOS = 0, 1
-QUERIES = [[7, 9, 250], [8], [44, 6, 5, 30, 61, 12], [99, 3], [20, 21], [15], [33, 34, 35], [70, 2]]
-ANSWERS = [
-    [12, 40, EOS],
-    [200],
-    [17, EOS],
-    [5, 77, 140, 63, 29, 31],
-    [EOS],
-    [81, 82, 83, EOS],
-    [90, 91, 92, 93, 94, EOS],
-    [60, EOS],
-]
-TOKENS = Tokens(eos=EOS, pad=PAD)
+MakeSetting = Callable[..., Setting]
+RunRL = Callable[..., list[dict[str, float]]]
+Flatten = Callable[[nn.Module], Tensor]
+Move = Callable[..., Any]
+# The fixture `answered` holds an object of a class that pytest keeps to itself.
+Answered = Any
 
-METRICS = {
+SCORES = [0.5, -2.0, 1.5, 3.0, -0.25, 0.0, 1.0, -1.0]
+
+OF_ALL = {
     "objective/kl",
+    "objective/kl_k3",
     "objective/entropy",
     "objective/non_score_reward",
     "objective/rlhf_reward",
     "objective/scores",
+    "objective/scores_std",
+    "objective/reward_model",
     "objective/kl_coef",
     "policy/approxkl_avg",
     "policy/clipfrac_avg",
     "policy/entropy_avg",
     "policy/grad_norm",
+    "policy/ratio_max",
+    "policy/epochs",
     "loss/policy_avg",
-    "loss/value_avg",
-    "val/clipfrac_avg",
     "val/ratio",
     "val/ratio_var",
     "val/num_eos_tokens",
-    "val/explained_var",
+    "val/decode_gap_max",
     "lr",
     "episode",
     "response/length_mean",
@@ -71,107 +65,52 @@ METRICS = {
     "time/score_s",
     "time/update_s",
 }
+OF_CRITICS = {
+    "loss/value_avg",
+    "val/clipfrac_avg",
+    "val/explained_var",
+    "val/values_mean",
+    "val/returns_mean",
+}
+OF_THEIR_OWN = {"val/grad_norm"}
+"""Of a critic with weights of its own."""
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "ppo_shared": {"critic": "shared"},
+    "reinforce": {"algorithm": "reinforce"},
+    "rloo": {"algorithm": "rloo"},
+    "grpo": {"algorithm": "grpo", "kl_in": "loss", "kl_estimator": "k3"},
+}
+each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
 
-def rl_params(**changes: Any) -> RLParams:
-    defaults: dict[str, Any] = {
-        "episodes": 16,
-        "rollout_batch_size": 8,
-        "mini_batch_size": 8,
-        "micro_batch_size": 8,
-        "epochs": 1,
-        "response_tokens": 6,
-        "learning_rate": 1e-3,
-        "schedule": "constant",
-        "warmup_fraction": 0.0,
-    }
-    return RLParams(**{**defaults, **changes})
+def for_algorithm(models: Models, name: str) -> Models:
+    """The models with the critic that an algorithm wants."""
+    if name == "ppo":
+        return models
+    return models._replace(critic=ValueHead(32, seed=3) if name == "ppo_shared" else None)
 
 
 @pytest.fixture
-def models(lm: PreTrainedModel, scorer: PreTrainedModel) -> Models:
-    return Models(lm, copy.deepcopy(lm), scorer, copy.deepcopy(scorer))
-
-
-def moved(model: PreTrainedModel, seed: int = 5) -> PreTrainedModel:
-    """The model with small random changes to its weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator) * 0.02)
-    return model
-
-
-def weights(model: PreTrainedModel) -> Tensor:
-    return torch.cat([weight.detach().cpu().flatten() for weight in model.parameters()])
-
-
-def run(models: Models, params: RLParams, seed: int = 0) -> list[dict[str, float]]:
-    history: list[dict[str, float]] = []
-
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        assert step == metrics["episode"]
-        history.append(dict(metrics))
-
-    train_rl(models, QUERIES, params, tokens=TOKENS, seed=seed, log=log, progress=ignore_progress)
-    return history
-
-
-def rollout() -> tuple[Sequences, Responses]:
-    width = max(map(len, ANSWERS))
-    responses = Responses(
-        torch.tensor([[*answer, *[PAD] * (width - len(answer))] for answer in ANSWERS]),
-        torch.tensor([[t < len(answer) for t in range(width)] for answer in ANSWERS]),
-        torch.tensor([answer[-1] == EOS for answer in ANSWERS]),
-    )
-    return Sequences.join(QUERIES, responses, PAD), responses
+def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module with a reward function: the share of small letters."""
+    module = ModuleType("toy_rewards")
+    module.letters = lambda _, text: sum(c.islower() for c in text) / 6  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_rewards", module)
+    return module
 
 
 def experience_of(
-    models: Models, params: RLParams, kl_coef: float = 0.1
-) -> tuple[Experience, dict[str, float]]:
-    return make_experience(models, *rollout(), params, kl_coef)
-
-
-def sgd(models: Models, learning_rate: float = 1.0) -> torch.optim.Optimizer:
-    trained = [*models.policy.parameters(), *models.critic.parameters()]
-    return torch.optim.SGD(trained, lr=learning_rate)
-
-
-def one_update(
-    models: Models, experience: Experience, params: RLParams, learning_rate: float = 1.0
-) -> dict[str, float]:
-    optimizer = sgd(models, learning_rate)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return update(
-        models, experience, params, optimizer, scheduler, torch.Generator().manual_seed(0)
-    )
-
-
-# The naive oracle: every sequence alone, unpadded, in Python floats.
-
-
-def naive_tokens(model: PreTrainedModel) -> tuple[list[list[float]], list[list[float]]]:
-    """Log-prob and entropy of each token of each answer."""
-    logprobs, entropies = [], []
-    for query, answer in zip(QUERIES, ANSWERS, strict=True):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*query, *answer]])).logits[0].double()
-        logp = torch.log_softmax(logits, -1)[len(query) - 1 :]
-        logprobs.append([float(logp[t, token]) for t, token in enumerate(answer)])
-        entropies.append([float(-(row.exp() * row).sum()) for row in logp[: len(answer)]])
-    return logprobs, entropies
-
-
-def naive_readings(model: PreTrainedModel) -> list[list[float]]:
-    """The scalar model's number before each token of each answer, and after the last."""
-    readings = []
-    for query, answer in zip(QUERIES, ANSWERS, strict=True):
-        with torch.no_grad():
-            hidden = model.base_model(input_ids=torch.tensor([[*query, *answer]]))
-            numbers = hidden.last_hidden_state[0] @ model.score.weight[0]
-        readings.append(numbers[len(query) - 1 :].tolist())
-    return readings
+    models: Models, answered: Answered, setting: Setting, kl_coef: float = 0.1,
+    responses: Responses | None = None,
+) -> tuple[Experience, dict[str, float]]:  # fmt: skip
+    scores = torch.tensor(SCORES)
+    return make_experience(
+        models, answered.sequences, responses or answered.responses,
+        Scores(scores, {"reward_model": 2 * scores, "reward_toy": scores + 1}), setting, kl_coef,
+        Baseline(setting.params),
+    )  # fmt: skip
 
 
 def flat(rows: list[list[float]]) -> list[float]:
@@ -187,298 +126,510 @@ def variance(values: list[float]) -> float:
     return math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
 
 
-def real(column: Tensor) -> list[list[float]]:
-    return [column[row, : len(answer)].tolist() for row, answer in enumerate(ANSWERS)]
+def near(expected: Any) -> Any:
+    return pytest.approx(expected, abs=1e-4)
 
 
-def test_rewards_are_the_kl_penalty_and_the_score_at_the_last_token(models: Models) -> None:
+# From a scored rollout to advantages
+
+BARE: dict[str, Any] = {"algorithm": "reinforce", "baseline": "none", "whiten_advantages": False}
+"""With a discount of 0 the advantages are the rewards themselves."""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_rewards_are_the_kl_penalty_and_the_score_at_the_last_token(
+    models: Models, answered: Answered, make_setting: MakeSetting, moved: Move, estimator: str,
+    temperature: float,
+) -> None:  # fmt: skip
     moved(models.policy)
-    params = rl_params(micro_batch_size=4, missing_eos_score=-3.0)
-    experience, _ = experience_of(models, params, kl_coef=0.1)
-    logprobs, ref_logprobs = (naive_tokens(m)[0] for m in (models.policy, models.ref_policy))
-    scores = [row[-1] for row in naive_readings(models.reward_model)]
-    for row, answer in enumerate(ANSWERS):
-        expected = [-0.1 * (p - q) for p, q in zip(logprobs[row], ref_logprobs[row], strict=True)]
-        expected[-1] += scores[row] if answer[-1] == EOS else -3.0
-        assert experience.rewards[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
-        assert not experience.rewards[row, len(answer) :].any()
+    setting = make_setting(
+        **BARE, gamma=0.0, micro_batch_size=4, kl_estimator=estimator, temperature=temperature
+    )
+    experience, _ = experience_of(models._replace(critic=None), answered, setting, kl_coef=0.1)
+    logprobs, _ = answered.tokens(models.policy, temperature)
+    ref_logprobs, _ = answered.tokens(models.ref_policy, temperature)
+    penalties = 0.0
+    for row, answer in enumerate(answered.answers):
+        k1 = [p - q for p, q in zip(logprobs[row], ref_logprobs[row], strict=True)]
+        k2, k3 = [k**2 / 2 for k in k1], [math.exp(-k) - 1 + k for k in k1]
+        expected = [-0.1 * k for k in {"k1": k1, "k2": k2, "k3": k3}[estimator]]
+        penalties += sum(abs(k) for k in expected)
+        expected[-1] += SCORES[row]
+        assert experience.advantages[row, : len(answer)].tolist() == near(expected)
+        assert not experience.advantages[row, len(answer) :].any()
+        assert experience.logprobs[row, : len(answer)].tolist() == near(logprobs[row])
+        assert experience.ref_logprobs[row, : len(answer)].tolist() == near(ref_logprobs[row])
+    assert penalties > 0.01
 
 
-def test_an_unended_response_loses_the_penalty_where_asked(models: Models) -> None:
-    params = rl_params(missing_eos="subtract", missing_eos_score=2.0)
-    experience, _ = experience_of(models, params)
-    scores = [row[-1] for row in naive_readings(models.reward_model)]
-    # Policy and reference are the same, so the last reward is the score alone.
-    assert float(experience.rewards[1, 0]) == pytest.approx(scores[1] - 2, abs=1e-4)
-    assert float(experience.rewards[0, 2]) == pytest.approx(scores[0], abs=1e-4)
+def test_a_penalty_in_the_loss_is_not_in_the_rewards(
+    models: Models, answered: Answered, make_setting: MakeSetting, moved: Move
+) -> None:
+    moved(models.policy)
+    setting = make_setting(**BARE, gamma=0.0, kl_in="loss", kl_estimator="k3")
+    experience, metrics = experience_of(models._replace(critic=None), answered, setting, 0.1)
+    for row, answer in enumerate(answered.answers):
+        expected = [0.0] * (len(answer) - 1) + [SCORES[row]]
+        assert experience.advantages[row, : len(answer)].tolist() == expected
+    # It costs the same, wherever it is taken from.
+    assert metrics["objective/non_score_reward"] == near(-0.1 * metrics["objective/kl_k3"])
 
 
-def test_advantages_and_returns_by_a_naive_loop(models: Models) -> None:
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_advantages_and_returns_by_a_naive_loop(
+    models: Models, answered: Answered, make_setting: MakeSetting, moved: Move,
+    micro_batch_size: int,
+) -> None:  # fmt: skip
     moved(models.policy)
     moved(models.critic)
-    params = rl_params(whiten_advantages=False, gamma=0.9, gae_lambda=0.8)
-    experience, metrics = experience_of(models, params)
-    values = [row[:-1] for row in naive_readings(models.critic)]
-    rewards = real(experience.rewards)
+    setting = make_setting(
+        whiten_advantages=False, gamma=0.9, gae_lambda=0.8, micro_batch_size=micro_batch_size
+    )
+    experience, metrics = experience_of(models, answered, setting, kl_coef=0.1)
+    assert experience.values is not None
+    assert experience.returns is not None
+    logprobs, ref_logprobs = (answered.tokens(m)[0] for m in (models.policy, models.ref_policy))
+    values = [row[:-1] for row in answered.readings(models.critic)]
     all_returns = []
-    for row, answer in enumerate(ANSWERS):
+    for row, answer in enumerate(answered.answers):
+        rewards = [-0.1 * (p - q) for p, q in zip(logprobs[row], ref_logprobs[row], strict=True)]
+        rewards[-1] += SCORES[row]
         advantage, following, advantages = 0.0, 0.0, []
         for t in reversed(range(len(answer))):
-            delta = rewards[row][t] + 0.9 * following - values[row][t]
+            delta = rewards[t] + 0.9 * following - values[row][t]
             advantage = delta + 0.9 * 0.8 * advantage
             following = values[row][t]
             advantages.insert(0, advantage)
         returns = [a + v for a, v in zip(advantages, values[row], strict=True)]
         all_returns.append(returns)
         count = len(answer)
-        assert experience.values[row, :count].tolist() == pytest.approx(values[row], abs=1e-4)
-        assert experience.advantages[row, :count].tolist() == pytest.approx(advantages, abs=1e-4)
-        assert experience.returns[row, :count].tolist() == pytest.approx(returns, abs=1e-4)
+        assert experience.values[row, :count].tolist() == near(values[row])
+        assert experience.advantages[row, :count].tolist() == near(advantages)
+        assert experience.returns[row, :count].tolist() == near(returns)
     errors = [r - v for r, v in zip(flat(all_returns), flat(values), strict=True)]
     explained = 1 - variance(errors) / variance(flat(all_returns))
-    assert metrics["val/explained_var"] == pytest.approx(explained, abs=1e-4)
-    assert metrics["val/returns_mean"] == pytest.approx(mean(flat(all_returns)), abs=1e-4)
-    assert metrics["val/values_mean"] == pytest.approx(mean(flat(values)), abs=1e-4)
+    assert metrics["val/explained_var"] == near(explained)
+    assert metrics["val/returns_mean"] == near(mean(flat(all_returns)))
+    assert metrics["val/values_mean"] == near(mean(flat(values)))
 
 
-def test_advantages_are_whitened_over_the_real_tokens(models: Models) -> None:
-    whitened = flat(real(experience_of(models, rl_params())[0].advantages))
-    raw = flat(real(experience_of(models, rl_params(whiten_advantages=False))[0].advantages))
-    std = math.sqrt(variance(raw))
-    assert whitened == pytest.approx([(value - mean(raw)) / std for value in raw], abs=1e-4)
+def test_a_shared_critics_values_are_read_off_the_policys_trunk(
+    models: Models, answered: Answered, make_setting: MakeSetting
+) -> None:
+    head = ValueHead(32, seed=3)
+    with torch.no_grad():
+        head.linear.bias.fill_(0.5)
+    setting = make_setting(critic="shared", micro_batch_size=2)
+    experience, metrics = experience_of(models._replace(critic=head), answered, setting)
+    assert experience.values is not None
+    expected = []
+    for query, answer in zip(answered.queries, answered.answers, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([[*query, *answer]])
+            hidden = models.policy.transformer(input_ids=ids).last_hidden_state[0]
+            expected.append(head.linear(hidden[len(query) - 1 : -1]).squeeze(1).tolist())
+    assert answered.real(experience.values) == [near(row) for row in expected]
+    assert metrics["val/values_mean"] == near(mean(flat(expected)))
 
 
-def test_whitened_rewards_keep_their_mean(models: Models) -> None:
+def test_advantages_are_whitened_over_the_real_tokens(
+    models: Models, answered: Answered, make_setting: MakeSetting
+) -> None:
+    whitened, raw = (
+        experience_of(models, answered, make_setting(whiten_advantages=whiten))[0]
+        for whiten in (True, False)
+    )
+    values = flat(answered.real(raw.advantages))
+    std = math.sqrt(variance(values))
+    expected = [(value - mean(values)) / std for value in values]
+    assert flat(answered.real(whitened.advantages)) == near(expected)
+    # The critic learns the returns as they are.
+    assert torch.equal(torch.as_tensor(whitened.returns), torch.as_tensor(raw.returns))
+
+
+def test_without_a_critic_there_is_nothing_of_one(
+    models: Models, answered: Answered, make_setting: MakeSetting
+) -> None:
+    for name in ("reinforce", "rloo", "grpo"):
+        setting = make_setting(**ALGORITHMS[name])
+        experience, metrics = experience_of(models._replace(critic=None), answered, setting)
+        assert experience.values is experience.returns is None
+        assert not set(metrics) & OF_CRITICS
+
+
+def test_the_objectives_means_are_over_real_tokens(
+    models: Models, answered: Answered, make_setting: MakeSetting, moved: Move
+) -> None:
     moved(models.policy)
-    whitened = flat(real(experience_of(models, rl_params(whiten_rewards=True))[0].rewards))
-    raw = flat(real(experience_of(models, rl_params())[0].rewards))
-    std = math.sqrt(variance(raw))
-    expected = [(value - mean(raw)) / std + mean(raw) for value in raw]
-    assert whitened == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_objectives_means_are_over_real_tokens(models: Models) -> None:
-    moved(models.policy)
-    _, metrics = experience_of(models, rl_params(micro_batch_size=2), kl_coef=0.1)
-    logprobs, ref_logprobs = (naive_tokens(m)[0] for m in (models.policy, models.ref_policy))
-    kl = mean([sum(p) - sum(q) for p, q in zip(logprobs, ref_logprobs, strict=True)])
-    readings = naive_readings(models.reward_model)
-    scores = [
-        row[-1] if answer[-1] == EOS else -1.0
-        for row, answer in zip(readings, ANSWERS, strict=True)
-    ]
+    _, metrics = experience_of(models, answered, make_setting(micro_batch_size=2), kl_coef=0.1)
+    logprobs, ref_logprobs = (answered.tokens(m)[0] for m in (models.policy, models.ref_policy))
+    pairs = list(zip(logprobs, ref_logprobs, strict=True))
+    kl = mean([sum(p) - sum(q) for p, q in pairs])
+    k3 = mean(
+        [sum(math.exp(b - a) - 1 + a - b for a, b in zip(p, q, strict=True)) for p, q in pairs]
+    )
     expected = {
         "objective/kl": kl,
+        "objective/kl_k3": k3,
         "objective/kl_coef": 0.1,
         "objective/entropy": mean([-sum(row) for row in logprobs]),
-        "objective/scores": mean(scores),
-        "objective/scores_std": math.sqrt(variance(scores) * (len(scores) - 1) / len(scores)),
+        "objective/scores": mean(SCORES),
+        "objective/scores_std": math.sqrt(variance(SCORES) * (len(SCORES) - 1) / len(SCORES)),
+        "objective/reward_model": 2 * mean(SCORES),
+        "objective/reward_toy": mean(SCORES) + 1,
         "objective/non_score_reward": -0.1 * kl,
-        "objective/rlhf_reward": mean(scores) - 0.1 * kl,
+        "objective/rlhf_reward": mean(SCORES) - 0.1 * kl,
         "response/length_mean": 25 / 8,
         "response/clipped_fraction": 2 / 8,
         "val/num_eos_tokens": 6,
     }
     assert abs(kl) > 1e-3
+    assert k3 > 1e-3
     for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-4), name
+        assert metrics[name] == near(value), name
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 8])
-def test_the_updates_means_are_over_real_tokens(models: Models, micro_batch_size: int) -> None:
-    params = rl_params(micro_batch_size=micro_batch_size)
-    experience, _ = experience_of(models, params)
-    moved(models.policy)
-    moved(models.critic)
-    logprobs, entropies = naive_tokens(models.policy)
-    values = [row[:-1] for row in naive_readings(models.critic)]
-    stats = one_update(models, experience, params, learning_rate=0.0)
-
-    columns = zip(
-        flat(logprobs), flat(real(experience.logprobs)), flat(real(experience.advantages)),
-        flat(values), flat(real(experience.values)), flat(real(experience.returns)),
-        strict=True,
-    )  # fmt: skip
-    ratios, kls, policy_losses, clipped, value_losses, values_clipped = ([] for _ in range(6))
-    for logp, old, advantage, value, old_value, target in columns:
-        ratio = math.exp(logp - old)
-        plain, bounded = -advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2)
-        near = min(max(value, old_value - 0.2), old_value + 0.2)
-        ratios.append(ratio)
-        kls.append((logp - old) ** 2 / 2)
-        policy_losses.append(max(plain, bounded))
-        clipped.append(float(bounded > plain))
-        value_losses.append(max((value - target) ** 2, (near - target) ** 2) / 2)
-        values_clipped.append(float((near - target) ** 2 > (value - target) ** 2))
-    expected = {
-        "val/ratio": mean(ratios),
-        "policy/approxkl_avg": mean(kls),
-        "loss/policy_avg": mean(policy_losses),
-        "policy/clipfrac_avg": mean(clipped),
-        "loss/value_avg": mean(value_losses),
-        "val/clipfrac_avg": mean(values_clipped),
-        "policy/entropy_avg": mean(flat(entropies)),
-        "val/ratio_var": 0.0,
-    }
-    assert 0 < expected["policy/clipfrac_avg"] < 1
-    for name, value in expected.items():
-        assert stats[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-
-
-def test_before_the_first_update_nothing_has_moved(models: Models) -> None:
-    first = run(models, rl_params(episodes=8))[0]
-    assert first["val/ratio"] == pytest.approx(1, abs=1e-6)
-    assert first["policy/approxkl_avg"] == pytest.approx(0, abs=1e-10)
-    assert first["policy/clipfrac_avg"] == first["val/clipfrac_avg"] == 0
-    assert first["objective/kl"] == pytest.approx(0, abs=1e-6)
-
-
-def test_micro_batches_leave_the_step_the_same(models: Models) -> None:
-    experience, _ = experience_of(models, rl_params())
-    # Away from the rollout's weights, so that both losses and their clips have a gradient.
-    moved(models.policy)
-    moved(models.critic)
-    before = [weights(m) for m in (models.policy, models.critic)]
-    results = {}
-    for size in (8, 4, 2, 1):
-        trained = copy.deepcopy(models)
-        params = rl_params(micro_batch_size=size, max_grad_norm=1e9)
-        stats = one_update(trained, experience, params, learning_rate=0.05)
-        results[size] = ([weights(m) for m in (trained.policy, trained.critic)], stats)
-    for old, new in zip(before, results[8][0], strict=True):
-        assert float((new - old).abs().max()) > 1e-3
-    for size in (4, 2, 1):
-        for ours, whole in zip(results[size][0], results[8][0], strict=True):
-            torch.testing.assert_close(ours, whole, atol=1e-6, rtol=0)
-        assert results[size][1] == pytest.approx(results[8][1], abs=1e-4, rel=1e-4)
-
-
-def test_each_row_is_updated_on_once_an_epoch(
-    models: Models, monkeypatch: pytest.MonkeyPatch
+def test_the_decoding_gap_is_the_largest_on_a_real_token(
+    models: Models, answered: Answered, make_setting: MakeSetting
 ) -> None:
-    seen: list[list[int]] = []
-
-    def step(_models: Models, _experience: Experience, rows: Tensor, *_: Any) -> dict[str, float]:
-        seen.append(rows.tolist())
-        return {"val/ratio": float(len(seen))}
-
-    params = rl_params(mini_batch_size=4, micro_batch_size=2, epochs=3)
-    experience, _ = experience_of(models, params)
-    monkeypatch.setattr(rl, "_optimizer_step", step)
-    scheduler = MagicMock()
-    stats = update(
-        models, experience, params, MagicMock(), scheduler, torch.Generator().manual_seed(0)
-    )
-    assert scheduler.step.call_count == 6
-    assert [len(rows) for rows in seen] == [4] * 6
-    for epoch in range(3):
-        assert sorted(seen[2 * epoch] + seen[2 * epoch + 1]) == list(range(8))
-    assert seen[0] != seen[2]
-    assert stats == {"val/ratio": 3.5, "val/ratio_var": 3.5}
+    logprobs, _ = answered.tokens(models.policy)
+    drawn = torch.full(answered.responses.mask.shape, 99.0)
+    for row, values in enumerate(logprobs):
+        drawn[row, : len(values)] = torch.tensor(values) + 0.125
+    drawn[3, 2] -= 0.625
+    responses = answered.responses._replace(logprobs=drawn)
+    _, metrics = experience_of(models, answered, make_setting(), responses=responses)
+    assert metrics["val/decode_gap_max"] == near(0.5)
 
 
-def test_gradients_are_clipped_to_the_norm_asked_for(models: Models) -> None:
-    experience, _ = experience_of(models, rl_params())
-    before = [weights(m) for m in (models.policy, models.critic)]
-    stats = one_update(models, experience, rl_params(max_grad_norm=0.01))
-    assert min(stats["policy/grad_norm"], stats["val/grad_norm"]) > 0.01
-    for old, model in zip(before, (models.policy, models.critic), strict=True):
-        assert float((weights(model) - old).norm()) == pytest.approx(0.01, rel=1e-3)
+# Training
 
 
-def test_only_policy_and_critic_are_trained(models: Models) -> None:
-    before = Models(*(weights(model) for model in models))  # type: ignore[arg-type]
-    run(models, rl_params(epochs=2))
-    after = Models(*(weights(model) for model in models))  # type: ignore[arg-type]
-    assert torch.equal(after.ref_policy, before.ref_policy)
-    assert torch.equal(after.reward_model, before.reward_model)
-    assert not torch.equal(after.policy, before.policy)
-    assert not torch.equal(after.critic, before.critic)
-    for model in (models.ref_policy, models.reward_model):
+@each_algorithm
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_before_the_first_update_nothing_has_moved(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, name: str, temperature: float
+) -> None:
+    setting = make_setting(**ALGORITHMS[name], episodes=8, temperature=temperature)
+    first = run_rl(for_algorithm(models, name), setting)[0]
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-6)
+    assert first["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert first["policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
+    assert first["policy/clipfrac_avg"] == first.get("val/clipfrac_avg", 0) == 0
+    assert first["objective/kl"] == first["objective/kl_k3"] == 0
+    assert first["val/decode_gap_max"] < 1e-4
+
+
+@each_algorithm
+def test_every_rollout_logs_the_names_people_know(
+    models: Models, make_setting: MakeSetting, prompts: list[str], encoder: ChatEncoder, name: str
+) -> None:
+    done: list[tuple[int, int]] = []
+    history: list[dict[str, float]] = []
+    train_rl(
+        for_algorithm(models, name), prompts, encoder,
+        make_setting(**ALGORITHMS[name], episodes=24), seed=0,
+        log=lambda _, metrics: history.append(dict(metrics)),
+        progress=lambda *state: done.append(state), warn=ignore_warnings,
+    )  # fmt: skip
+    assert done == [(8, 24), (16, 24), (24, 24)]
+    assert [row["episode"] for row in history] == [8, 16, 24]
+    expected = OF_ALL | (OF_CRITICS if "ppo" in name else set())
+    expected |= OF_THEIR_OWN if name == "ppo" else set()
+    expected |= {"loss/kl_avg"} if name == "grpo" else set()
+    for row in history:
+        assert set(row) == expected
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["perf/tokens_per_s"] > row["perf/episodes_per_s"] > 0
+        assert row["objective/entropy"] > 0
+        assert row["policy/epochs"] == 1
+
+
+@each_algorithm
+def test_only_policy_and_critic_are_trained(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, name: str
+) -> None:
+    models = for_algorithm(models, name)._replace(judge=copy.deepcopy(models.reward_model))
+    before = {part: weights(model) for part, model in models._asdict().items() if model}
+    run_rl(models, make_setting(**ALGORITHMS[name], epochs=2))
+    after = {part: weights(model) for part, model in models._asdict().items() if model}
+    changed = {part for part in before if not torch.equal(before[part], after[part])}
+    assert changed == {"policy", "critic"} & set(before)
+    for model in (models.ref_policy, models.reward_model, models.judge):
+        assert model is not None
         assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_the_seed_decides_every_bit(models: Models) -> None:
-    params = rl_params(episodes=16, mini_batch_size=4, micro_batch_size=4)
+@each_algorithm
+def test_the_seed_decides_every_bit(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, name: str
+) -> None:
+    setting = make_setting(**ALGORITHMS[name], mini_batch_size=4, micro_batch_size=4)
     runs = []
     for seed, disturbance in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(disturbance)
-        trained = copy.deepcopy(models)
-        run(trained, params, seed)
-        runs.append([weights(m) for m in (trained.policy, trained.critic)])
+        trained = for_algorithm(copy.deepcopy(models), name)
+        run_rl(trained, setting, seed=seed)
+        runs.append([weights(m) for m in (trained.policy, trained.critic) if m is not None])
     first, again, other = runs
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_every_rollout_logs_the_names_people_know(models: Models) -> None:
-    done: list[tuple[int, int]] = []
-    history: list[dict[str, float]] = []
-    train_rl(
-        models, QUERIES, rl_params(episodes=24), tokens=TOKENS, seed=0,
-        log=lambda _, metrics: history.append(dict(metrics)),
-        progress=lambda *state: done.append(state),
-    )  # fmt: skip
-    assert done == [(8, 24), (16, 24), (24, 24)]
-    assert [row["episode"] for row in history] == [8, 16, 24]
-    for row in history:
-        assert set(row) >= METRICS
-        assert all(math.isfinite(value) for value in row.values())
-        assert row["perf/tokens_per_s"] > row["perf/episodes_per_s"] > 0
-        assert row["objective/entropy"] > 0
-
-
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_the_learning_rate_rises_during_the_warm_up(models: Models, schedule: str) -> None:
-    params = rl_params(episodes=32, schedule=schedule, warmup_fraction=0.5)
-    rates = [row["lr"] for row in run(models, params)]
+def test_the_learning_rate_rises_during_the_warm_up(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, schedule: str
+) -> None:
+    setting = make_setting(episodes=32, schedule=schedule, warmup_fraction=0.5)
+    rates = [row["lr"] for row in run_rl(models, setting)]
     assert rates[:3] == pytest.approx([0, 0.5e-3, 1e-3])
 
 
-def test_the_learning_rate_decays_in_a_line_to_0_after_the_last_update(models: Models) -> None:
-    rates = [row["lr"] for row in run(models, rl_params(schedule="linear"))]
-    assert rates == pytest.approx([1e-3, 0.5e-3])
+@pytest.mark.parametrize("target_kl", [None, 1e-12])
+def test_the_learning_rate_decays_in_a_line_to_0_after_the_last_update(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, target_kl: float | None
+) -> None:
+    # 4 rollouts of 2 mini-batches in 2 epochs, of which target_kl leaves out some.
+    setting = make_setting(
+        schedule="linear", episodes=32, mini_batch_size=4, micro_batch_size=4, epochs=2,
+        target_kl=target_kl,
+    )  # fmt: skip
+    history = run_rl(models, setting)
+    assert [row["lr"] for row in history] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    epochs = [row["policy/epochs"] for row in history]
+    assert epochs == [2] * 4 if target_kl is None else max(epochs) < 2
 
 
-def test_the_adaptive_controller_moves_the_coefficient(models: Models) -> None:
-    params = rl_params(
-        kl_controller="adaptive", kl_coef=0.1, kl_target=5.0, kl_horizon=100, episodes=16
-    )
-    # KL is 0 on the first rollout: the error is clipped at -0.2.
-    coefs = [row["objective/kl_coef"] for row in run(models, params)]
-    assert coefs == pytest.approx([0.1, 0.1 * (1 - 0.2 * 8 / 100)])
+def test_the_adaptive_controller_moves_the_coefficient(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL
+) -> None:
+    setting = make_setting(
+        kl_controller="adaptive", kl_coef=0.1, kl_target=5.0, kl_horizon=100, episodes=24,
+        learning_rate=1e-9,
+    )  # fmt: skip
+    # KL stays about 0: the error is clipped at -0.2.
+    coefs = [row["objective/kl_coef"] for row in run_rl(models, setting)]
+    step = 1 - 0.2 * 8 / 100
+    assert coefs == pytest.approx([0.1, 0.1 * step, 0.1 * step**2])
 
 
-def test_a_fixed_controller_stays() -> None:
-    controller = make_kl_controller(rl_params(kl_coef=0.3))
+def test_the_coefficient_weighs_the_penalty_in_the_loss(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten
+) -> None:
+    # On the second rollout the policy has left the reference, and the penalties differ.
+    trained = []
+    for kl_coef in (0.0, 5.0):
+        copied = copy.deepcopy(models)._replace(critic=None)
+        run_rl(copied, make_setting(**ALGORITHMS["grpo"], kl_coef=kl_coef))
+        trained.append(weights(copied.policy))
+    assert not torch.equal(*trained)
+
+
+def test_a_fixed_controller_stays(make_setting: MakeSetting) -> None:
+    controller = make_kl_controller(make_setting(kl_coef=0.3).params)
     controller.update(100.0, 8)
     assert controller.value == 0.3
 
 
-@pytest.mark.parametrize("broken", ["advantages", "returns"])
-def test_a_loss_that_is_not_finite_stops_with_advice(models: Models, broken: str) -> None:
-    experience, _ = experience_of(models, rl_params())
-    column = getattr(experience, broken).clone()
-    column[0, 0] = math.nan
-    before = weights(models.policy)
-    with pytest.raises(TrainingError, match=r"lower rl\.learning_rate or raise rl\.kl_coef"):
-        one_update(models, experience._replace(**{broken: column}), rl_params())
-    assert torch.equal(weights(models.policy), before)
+# Prompts
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (7, 7), (3, 8)])
-def test_each_pass_uses_every_query_once(count: int, size: int) -> None:
-    queries = [[index] for index in range(count)]
-    batches = query_batches(queries, size, torch.Generator().manual_seed(0))
-    drawn = list(islice((query[0] for batch in batches for query in batch), 5 * count))
+def test_each_pass_uses_every_prompt_once(make_setting: MakeSetting, count: int, size: int) -> None:
+    params = make_setting(
+        episodes=size, rollout_batch_size=size, mini_batch_size=size, micro_batch_size=size
+    ).params
+    batches = prompt_batches(count, params, torch.Generator().manual_seed(0))
+    drawn = list(islice((index for batch in batches for index in batch), 5 * count))
     passes = [drawn[start : start + count] for start in range(0, len(drawn), count)]
     assert all(sorted(one) == list(range(count)) for one in passes)
     assert len({tuple(one) for one in passes}) > 1
+    assert {len(batch) for batch in islice(batches, 3)} == {size}
 
 
-def test_batches_of_queries_have_the_size_asked_for() -> None:
-    batches = query_batches([[0], [1], [2]], 8, torch.Generator().manual_seed(0))
-    assert [len(batch) for batch in islice(batches, 3)] == [8, 8, 8]
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("copies", [2, 4])
+def test_responses_to_a_prompt_stand_side_by_side(
+    make_setting: MakeSetting, algorithm: str, copies: int
+) -> None:
+    params = make_setting(algorithm=algorithm, responses_per_prompt=copies).params
+    batches = prompt_batches(5, params, torch.Generator().manual_seed(0))
+    drawn = []
+    for batch in islice(batches, 5 * copies):
+        assert len(batch) == 8
+        groups = [batch[start : start + copies] for start in range(0, 8, copies)]
+        assert all(len(set(group)) == 1 for group in groups)
+        drawn += [group[0] for group in groups]
+    passes = [drawn[start : start + 5] for start in range(0, len(drawn), 5)]
+    assert all(sorted(one) == list(range(5)) for one in passes)
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce"])
+def test_rollouts_cover_all_prompts(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, prompts: list[str],
+    toy: ModuleType, name: str,
+) -> None:  # fmt: skip
+    seen: list[str] = []
+
+    def remember(prompt: str, _: str) -> float:
+        seen.append(prompt)
+        return 0.0
+
+    toy.letters = remember
+    changes = ALGORITHMS[name] | ({"responses_per_prompt": 4} if name == "rloo" else {})
+    copies = 4 if name == "rloo" else 1
+    # As many rollouts as a pass over the eight prompts takes.
+    setting = make_setting(**changes, episodes=8 * copies, rewards={"toy_rewards:letters": 0.0})
+    run_rl(models._replace(critic=None), setting)
+    assert sorted(seen) == sorted(prompts * copies)
+    groups = [seen[start : start + copies] for start in range(0, len(seen), copies)]
+    assert all(len(set(group)) == 1 for group in groups)
+
+
+def test_each_response_is_scored_with_its_own_prompt_and_text(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, encoder: ChatEncoder,
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[tuple[str, str]] = []
+    toy.letters = lambda prompt, text: float(seen.append((prompt, text)) or 0)
+    batches: list[tuple[list[list[int]], Responses]] = []
+    from plumbline.training import rl
+
+    sample = rl.sample_responses
+
+    def spy(model: PreTrainedModel, queries: list[list[int]], **options: Any) -> Responses:
+        batches.append((queries, sample(model, queries, **options)))
+        return batches[-1][1]
+
+    monkeypatch.setattr(rl, "sample_responses", spy)
+    run_rl(models, make_setting(episodes=8, rewards={"toy_rewards:letters": 0.0}))
+    ((queries, responses),) = batches
+    prompts, texts = zip(*seen, strict=True)
+    assert encoder.prompts(prompts) == queries
+    assert len({json.loads(prompt)[0]["content"] for prompt in prompts}) == 8
+    assert list(texts) == encoder.decode(responses.lists())
+
+
+def test_any_stop_token_ends_a_response(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, encoder: ChatEncoder
+) -> None:
+    # All tokens but the one that opens an answer.
+    opening = encoder.prompts(['[{"role": "user", "content": "a"}]'])[0][-1]
+    every = SimpleNamespace(
+        prompts=encoder.prompts, pad_token_id=encoder.pad_token_id, decode=encoder.decode,
+        stop_token_ids=tuple(index for index in range(300) if index != opening),
+    )  # fmt: skip
+    first = run_rl(models, make_setting(episodes=8), encoder=every)[0]
+    assert first["response/length_mean"] < 1.5
+    assert first["response/clipped_fraction"] == 0
+    assert first["val/num_eos_tokens"] == 8
+
+
+# Rewards
+
+
+def test_a_reward_function_of_weight_0_draws_its_curve_and_changes_no_bit(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, toy: ModuleType
+) -> None:
+    trained = []
+    for rewards in ({}, {"toy_rewards:letters": 0.0}):
+        copied = copy.deepcopy(models)
+        history = run_rl(copied, make_setting(rewards=rewards))
+        trained.append(weights(copied.policy))
+        assert all(("objective/reward_letters" in row) == bool(rewards) for row in history)
+    assert torch.equal(*trained)
+    assert 0 < history[0]["objective/reward_letters"] < 1
+
+
+def test_a_judge_draws_its_curve_and_changes_no_bit(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, moved: Move
+) -> None:
+    judge = moved(copy.deepcopy(models.reward_model), size=0.5)
+    trained = []
+    for present in (None, judge):
+        copied = copy.deepcopy(models)._replace(judge=present)
+        history = run_rl(copied, make_setting())
+        trained.append(weights(copied.policy))
+        assert all(("objective/judge" in row) == bool(present) for row in history)
+    assert torch.equal(*trained)
+    assert history[0]["objective/judge"] != near(history[0]["objective/reward_model"])
+
+
+def test_a_reward_that_is_no_number_stops_before_anything_is_learned(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, toy: ModuleType
+) -> None:
+    toy.letters = lambda *_: math.nan
+    before = weights(models.policy)
+    with pytest.raises(TrainingError, match=r"from toy_rewards:letters, got nan"):
+        run_rl(models, make_setting(rewards={"toy_rewards:letters": 0.0}))
+    assert torch.equal(weights(models.policy), before)
+
+
+def test_a_reward_function_that_is_missing_is_found_before_sampling(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL
+) -> None:
+    with pytest.raises(ParamsError, match=r"^rl\.rewards: "):
+        run_rl(models, make_setting(rewards={"no_such_module_here:f": 1.0}), encoder=None)
+
+
+# Less memory
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_shared", "grpo"])
+def test_gradient_checkpointing_changes_no_gradient(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, name: str
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        trained = for_algorithm(copy.deepcopy(models), name)
+        networks = [m for m in (trained.policy, trained.critic) if isinstance(m, PreTrainedModel)]
+        forwards: list[int] = []
+        widths: list[int] = []
+        for model in networks:
+            # Recomputing stops at the last tensor that is needed, which comes after this layer.
+            layer = model.transformer.h[0].ln_1
+            layer.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        embedding = trained.policy.get_input_embeddings()
+        embedding.register_forward_pre_hook(
+            lambda _, inputs, seen=widths: seen.append(inputs[0].shape[1])
+        )
+        setting = make_setting(
+            **ALGORITHMS[name], gradient_checkpointing=checkpointing, response_tokens=4
+        )
+        run_rl(trained, setting)
+        for model in networks:
+            assert not model.training
+            assert not any(module.training for module in model.modules())
+            assert not model.is_gradient_checkpointing
+        # One is the test's own, and the hooks of the rollouts would add up.
+        assert len(embedding._forward_hooks) == 0
+        results.append((weights(trained.policy), len(forwards), widths.count(1)))
+    plain, checkpointed = results
+    torch.testing.assert_close(plain[0], checkpointed[0], atol=1e-6, rtol=0)
+    # Each update runs each network once more.
+    assert checkpointed[1] == plain[1] + 2 * len(networks)
+    # Sampling goes on token by token, from its cache.
+    assert checkpointed[2] == plain[2] == 2 * 3
+
+
+# Learning
+
+
+@each_algorithm
+def test_what_is_rewarded_becomes_likelier(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, toy: ModuleType, name: str
+) -> None:
+    changes = ALGORITHMS[name] | ({"value_coef": 0.5} if "ppo" in name else {})
+    setting = make_setting(
+        **changes, episodes=640, rollout_batch_size=64, mini_batch_size=32, micro_batch_size=32,
+        epochs=2, kl_coef=0.0, learning_rate=3e-3,
+        reward_model_weight=0.0, rewards={"toy_rewards:letters": 1.0},
+    )  # fmt: skip
+    history = run_rl(for_algorithm(models, name), setting)
+    curve = [row["objective/reward_letters"] for row in history]
+    assert [row["objective/scores"] for row in history] == near(curve)
+    assert mean(curve[-2:]) > 2 * curve[0]
 
 
 class CountingModel(nn.Module):
@@ -498,9 +649,13 @@ class CountingModel(nn.Module):
         return SimpleNamespace(last_hidden_state=counted.cumsum(1).float())
 
 
-def test_a_rewarded_token_becomes_likelier(models: Models) -> None:
+def test_a_token_that_the_reward_model_likes_becomes_likelier(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, prompts: list[str],
+    encoder: ChatEncoder,
+) -> None:  # fmt: skip
     target = 123
-    queries = [[7, 9], [8], [20, 30, 40], [55]]
+    queries = encoder.prompts(prompts)
+    models = models._replace(reward_model=CountingModel(target))  # type: ignore[arg-type]
 
     def share() -> float:
         with torch.no_grad():
@@ -508,25 +663,55 @@ def test_a_rewarded_token_becomes_likelier(models: Models) -> None:
         return float(torch.stack(logits).softmax(-1)[:, target].mean())
 
     before = share()
-    params = rl_params(
-        episodes=1600, rollout_batch_size=80, mini_batch_size=40, micro_batch_size=40, epochs=2,
+    setting = make_setting(
+        episodes=1200, rollout_batch_size=80, mini_batch_size=40, micro_batch_size=40, epochs=2,
         response_tokens=4, kl_coef=0.0, learning_rate=3e-3,
-        missing_eos="subtract", missing_eos_score=0.0,
     )  # fmt: skip
-    history: list[float] = []
-    train_rl(
-        models._replace(reward_model=CountingModel(target)),  # type: ignore[arg-type]
-        queries, params, tokens=TOKENS, seed=0,
-        log=lambda _, metrics: history.append(metrics["objective/scores"]),
-        progress=ignore_progress,
-    )  # fmt: skip
+    scores = [row["objective/scores"] for row in run_rl(models, setting)]
     assert before < 0.05
     assert share() > 10 * before
-    assert history[-1] > history[0] + 0.5
+    assert scores[-1] > scores[0] + 0.5
 
 
-def test_nobody_has_to_listen(models: Models) -> None:
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_the_penalty_holds_the_policy_near_the_reference(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, toy: ModuleType, kl_in: str
+) -> None:
+    kls = []
+    for kl_coef in (0.0, 0.5):
+        trained = copy.deepcopy(models)._replace(critic=None)
+        setting = make_setting(
+            algorithm="rloo", kl_in=kl_in, kl_estimator="k3", kl_coef=kl_coef, episodes=320,
+            rollout_batch_size=32, mini_batch_size=32, micro_batch_size=32, epochs=2,
+            learning_rate=3e-3,
+            reward_model_weight=0.0, rewards={"toy_rewards:letters": 1.0},
+        )  # fmt: skip
+        kls.append(run_rl(trained, setting)[-1]["objective/kl"])
+    free, held = kls
+    assert held < 0.6 * free
+
+
+# Listeners
+
+
+def test_a_known_failure_is_said_once_with_its_step(
+    models: Models, make_setting: MakeSetting, prompts: list[str], encoder: ChatEncoder
+) -> None:
+    # Two tokens are too few for nearly any answer: all are clipped.
+    warned: list[tuple[int, str, str]] = []
     train_rl(
-        models, QUERIES, rl_params(episodes=8), tokens=TOKENS, seed=0, log=ignore_metrics,
-        progress=ignore_progress,
+        models, prompts, encoder, make_setting(episodes=56, response_tokens=2), seed=0,
+        log=ignore_metrics, progress=ignore_progress, warn=lambda *said: warned.append(said),
+    )  # fmt: skip
+    ((step, name, message),) = warned
+    assert (step, name) == (40, "all_clipped")
+    assert "sampling.response_tokens" in message
+
+
+def test_nobody_has_to_listen(
+    models: Models, make_setting: MakeSetting, prompts: list[str], encoder: ChatEncoder
+) -> None:
+    train_rl(
+        models, prompts, encoder, make_setting(episodes=8), seed=0, log=ignore_metrics,
+        progress=ignore_progress, warn=ignore_warnings,
     )  # fmt: skip
