@@ -78,8 +78,8 @@ def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> Data
         there = sorted({name.partition("/")[0] for name in hashes})
         raise DataError(
             f"There is no data set at {path}; data/ holds {', '.join(there) or 'nothing'}. "
-            "Set data.path to one of these, import one with `plumbline data import`, or put your own "
-            "there and run `dvc add data`."
+            "Set data.path to one of these, import a data set with `plumbline data import`, or put "
+            "your own there and run `dvc add data`."
         )
     prefix = relative.relative_to("data").as_posix() + "/"
     files = {name[len(prefix) :]: md5 for name, md5 in hashes.items() if name.startswith(prefix)}

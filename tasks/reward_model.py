@@ -16,7 +16,7 @@ from plumbline.params.schema import RewardModelParams
 from plumbline.refs import DataRef, ModelRef, SplitRef
 from plumbline.training.device import training_device
 from plumbline.training.precision import autocast, resolve_precision
-from plumbline.training.reward_model import normalise_on, train_reward_model
+from plumbline.training.reward_model import Row, normalise_on, train_reward_model
 from tasks import tracking
 from tasks.caching import step_options
 from tasks.progress import progress_bar
@@ -36,7 +36,8 @@ def reward_model(
 ) -> ModelRef:
     """Train on people's judgements, normalise on demonstrations, measure on held-out judgements."""
     return make_reward_model(
-        "reward_model", params, precision, seed, half, sft, preferences, ratings, demonstrations, run
+        "reward_model", params, precision, seed, half,
+        sft, preferences, ratings, demonstrations, run,
     )  # fmt: skip
 
 
@@ -61,15 +62,12 @@ def make_reward_model(
         tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
         judgements = ratings or preferences
-        train, pairs, shown = (
-            encode_rows(read_rows(tracking.open_uri(ref.uri)), encoder)
-            for ref in (judgements.train, preferences.test, demonstrations)
-        )
-        rated = (
-            encode_rows(read_rows(tracking.open_uri(ratings.test.uri)), encoder)
-            if ratings
-            else None
-        )
+
+        def encoded(ref: DataRef) -> list[Row]:
+            return [*encode_rows(read_rows(tracking.open_uri(ref.uri)), encoder)]
+
+        train, pairs, shown = map(encoded, (judgements.train, preferences.test, demonstrations))
+        rated = encoded(ratings.test) if ratings else None
         if half is not None:
             train = take_half(train, half)
         tracked.dataset(
