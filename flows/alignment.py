@@ -10,7 +10,7 @@ from prefect import flow, runtime
 from flows.reports import read_samples, write_report
 from flows.summary import RunSummary, StepSummary
 from flows.wiring import wiring
-from plumbline.checks import check_experiment
+from plumbline.checks import check_experiment, check_tables
 from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
@@ -66,6 +66,7 @@ def align(
     check_experiment(loaded.experiment, project.root)
     pull_missing(project.root)
     data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+    check_tables(loaded.experiment, project.root)
 
     run = _open_run(project, loaded, data)
     state: tracking.RunState = "KILLED"

@@ -220,7 +220,7 @@ def _project() -> Project:
 
 def _preflight(project: Project, experiment: str, overrides: list[str], allow_dirty: bool) -> None:
     """Find what would stop the run, before any server starts."""
-    from plumbline.checks import check_experiment
+    from plumbline.checks import check_experiment, check_tables
     from plumbline.params.loader import load_experiment
     from tasks.data_version import current_version, pull_missing
     from tasks.disk import check_room
@@ -229,6 +229,7 @@ def _preflight(project: Project, experiment: str, overrides: list[str], allow_di
     check_experiment(loaded.experiment, project.root)
     pull_missing(project.root)
     current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+    check_tables(loaded.experiment, project.root)
     check_room(project.home, loaded.experiment, project.root)
 
 

@@ -9,7 +9,6 @@ from plumbline.data.rows import encode_rows, read_rows
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.evaluation.plots import calibration_plot, score_histogram
 from plumbline.evaluation.reward_model import measure_reward_model
-from plumbline.evaluation.scores import pair_calibration
 from plumbline.models.load import load_tokenizer
 from plumbline.models.scalar_head import scalar_model_from_lm
 from plumbline.params.schema import RewardModelParams
@@ -101,14 +100,15 @@ def make_reward_model(
                 {"rejected": rejected, "chosen": chosen}, "Scores of held-out pairs", "score"
             ),
         )
-        if held_out.confidences:
+        if held_out.calibration:
+            pointwise = params.objective == "pointwise"
             tracked.figure(
                 f"{step}_calibration",
                 calibration_plot(
-                    pair_calibration(held_out.confidences),
+                    held_out.calibration,
                     f"Calibration of the {step.replace('_', ' ')}",
-                    stated="stated confidence",
-                    outcome="share that is right",
+                    stated="P(good) = σ(score)" if pointwise else "confidence σ(|margin|)",
+                    outcome="share rated good" if pointwise else "share ordered right",
                 ),
             )
         return tracked.model(

@@ -2,9 +2,26 @@
 
 from pathlib import Path
 
+from plumbline.data.formats import find_table
+from plumbline.errors import DataError
 from plumbline.functions import load_function
 from plumbline.models.context import check_model
 from plumbline.params.schema import Experiment
+
+
+def check_tables(experiment: Experiment, root: Path) -> None:
+    """Check that the data set has the table that the reward model learns from.
+
+    Raises:
+        DataError: it has none.
+    """
+    folder = root / experiment.data.path
+    if experiment.reward_model.objective == "pointwise" and find_table(folder, "ratings") is None:
+        raise DataError(
+            f"reward_model.objective=pointwise learns from ratings: expected the table ratings in "
+            f"{experiment.data.path}, got none. Add ratings.jsonl with prompt, response and label, "
+            "or set reward_model.objective to pairwise."
+        )
 
 
 def check_experiment(experiment: Experiment, root: Path) -> None:

@@ -6,7 +6,14 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from plumbline.evaluation.scores import calibration_error, correlation, wilson_interval
+from plumbline.evaluation.scores import (
+    CalibrationBin,
+    correlation,
+    expected_calibration_error,
+    label_calibration,
+    pair_calibration,
+    wilson_interval,
+)
 from plumbline.losses.preference import label_margin
 from plumbline.training.reward_model import (
     Normalisation,
@@ -23,9 +30,8 @@ class HeldOut(NamedTuple):
     metrics: dict[str, float]
     pairs: PairScores
     """Normalised scores, as the model is saved."""
-    confidences: list[float]
-    """Margins before normalisation, for the calibration: sigmoid(|margin|) is how sure the model
-    is, and it is right where the margin is positive."""
+    calibration: list[CalibrationBin]
+    """Of the probabilities that the model was trained to state; empty where no label is known."""
 
 
 def measure_reward_model(
@@ -57,7 +63,7 @@ def measure_reward_model(
     scores = score_pairs(model, pairs, batch_size, pad_token_id)
     margins = (scores.chosen - scores.rejected).tolist()
     clean = [m for m, row in zip(margins, pairs, strict=True) if row.get("clean", True)]
-    stated = [margin * normalisation.std for margin in clean]
+    calibration = pair_calibration([margin * normalisation.std for margin in clean])
     metrics = {
         "accuracy_all_labels": sum(margin > 0 for margin in margins) / len(margins),
         "score_length_correlation": correlation(
@@ -71,13 +77,13 @@ def measure_reward_model(
     if ratings is not None:
         rated = score_ratings(model, ratings, batch_size, pad_token_id)
         raw = rated * normalisation.std + normalisation.mean
-        labels = torch.tensor([bool(row["label"]) for row in ratings])
-        stated = label_margin(raw, labels).tolist()
-        metrics |= _shares("label_accuracy", stated)
-    if stated:
-        metrics["calibration_error"] = calibration_error(stated)
+        labels = [bool(row["label"]) for row in ratings]
+        metrics |= _shares("label_accuracy", label_margin(raw, torch.tensor(labels)).tolist())
+        calibration = label_calibration(raw.tolist(), labels)
+    if calibration:
+        metrics["calibration_error"] = expected_calibration_error(calibration)
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
-    return HeldOut(named, scores, stated)
+    return HeldOut(named, scores, calibration)
 
 
 def _shares(name: str, margins: Sequence[float]) -> dict[str, float]:

@@ -172,11 +172,6 @@ def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
     return sum(part.size * abs(part.share.mean - part.stated) for part in bins) / total
 
 
-def calibration_error(margins: Sequence[float], bins: int = 10) -> float:
-    """Expected calibration error of a pairwise reward model's confidence on held-out pairs."""
-    return expected_calibration_error(pair_calibration(margins, bins))
-
-
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     # exp would overflow at large negative numbers.
     result: np.ndarray = 0.5 * (1 + np.tanh(x / 2))

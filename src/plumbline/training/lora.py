@@ -1,5 +1,6 @@
 """Low-rank adapters on the linear layers of a model (Hu et al. 2021, arXiv 2106.09685)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ def add_adapter(model: PreTrainedModel, params: LoraParams, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
+    # New layers are in training mode, whatever the model is in.
+    model.train(model.training)
     if (head := getattr(model, HEAD, None)) is not None:
         head.requires_grad_(True)
 
@@ -83,7 +86,10 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     """Write the adapters alone, with a name for the model that they change."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
-    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        # peft looks for a folder of that name, to compare vocabularies.
+        warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+        model.save_pretrained(folder)
 
 
 def load_merged(model: PreTrainedModel, folder: Path) -> None:

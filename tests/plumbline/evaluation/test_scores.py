@@ -9,7 +9,6 @@ from plumbline.evaluation.scores import (
     Interval,
     bootstrap_mean,
     calibration_bins,
-    calibration_error,
     correlation,
     distinct_n,
     expected_calibration_error,
@@ -19,6 +18,10 @@ from plumbline.evaluation.scores import (
     wilson_interval,
     win_rate,
 )
+
+
+def pair_error(margins: list[float], bins: int = 10) -> float:
+    return expected_calibration_error(pair_calibration(margins, bins))
 
 
 def test_ties_count_half() -> None:
@@ -130,12 +133,12 @@ def test_calibration_by_hand() -> None:
     # Margins of log 3 and log 9: confidences 0.75 and 0.9, in the bins [0.7, 0.8), [0.9, 1].
     three, nine = math.log(3), math.log(9) + 1e-9
     margins = [three, three, three, -three, nine, nine, -nine, -nine]
-    assert calibration_error(margins, bins=5) == pytest.approx(0.5 * 0 + 0.5 * 0.4)
+    assert pair_error(margins, bins=5) == pytest.approx(0.5 * 0 + 0.5 * 0.4)
 
 
 def test_calibration_of_certainty() -> None:
-    assert calibration_error([1000.0, 1000.0]) == pytest.approx(0)
-    assert calibration_error([-1000.0]) == pytest.approx(1)
+    assert pair_error([1000.0, 1000.0]) == pytest.approx(0)
+    assert pair_error([-1000.0]) == pytest.approx(1)
 
 
 def test_a_model_that_says_what_it_knows_is_calibrated() -> None:
@@ -143,8 +146,8 @@ def test_a_model_that_says_what_it_knows_is_calibrated() -> None:
     size = generator.uniform(0, 4, 100_000)
     right = generator.random(100_000) < 1 / (1 + np.exp(-size))
     margins = np.where(right, size, -size)
-    assert calibration_error(list(margins)) < 0.01
-    assert calibration_error(list(3 * margins)) > 0.1
+    assert pair_error(list(margins)) < 0.01
+    assert pair_error(list(3 * margins)) > 0.1
 
 
 def test_bins_of_pairs_by_hand() -> None:
@@ -180,7 +183,7 @@ def test_each_prediction_needs_an_outcome() -> None:
 def test_calibration_of_nothing_is_refused() -> None:
     assert pair_calibration([]) == []
     with pytest.raises(ValueError, match="expected at least one prediction, got none"):
-        calibration_error([])
+        pair_error([])
 
 
 def test_correlation() -> None:

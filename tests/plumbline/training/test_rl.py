@@ -556,6 +556,24 @@ def test_a_judge_draws_its_curve_and_changes_no_bit(
     assert history[0]["objective/judge"] != near(history[0]["objective/reward_model"])
 
 
+@pytest.mark.parametrize(
+    ("treatment", "constant", "score"), [("replace", -3.0, -3.0), ("subtract", 2.0, -2.0)]
+)
+def test_a_missing_end_costs_what_the_params_say(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, toy: ModuleType, treatment: str,
+    constant: float, score: float,
+) -> None:  # fmt: skip
+    toy.letters = lambda *_: 0.0
+    setting = make_setting(
+        response_tokens=16, temperature=3.0, reward_model_weight=0.0, missing_eos=treatment,
+        missing_eos_score=constant, rewards={"toy_rewards:letters": 1.0},
+        episodes=128, rollout_batch_size=128, mini_batch_size=128, micro_batch_size=128,
+    )  # fmt: skip
+    (metrics,) = run_rl(models, setting)
+    assert 0 < metrics["response/clipped_fraction"] < 1
+    assert metrics["objective/scores"] == near(score * metrics["response/clipped_fraction"])
+
+
 def test_a_reward_that_is_no_number_stops_before_anything_is_learned(
     models: Models, make_setting: MakeSetting, run_rl: RunRL, weights: Flatten, toy: ModuleType
 ) -> None:
@@ -602,7 +620,7 @@ def test_gradient_checkpointing_changes_no_gradient(
             assert not model.training
             assert not any(module.training for module in model.modules())
             assert not model.is_gradient_checkpointing
-        # One is the test's own, and the hooks of the rollouts would add up.
+        # transformers' own hooks would add up over the rollouts.
         assert len(embedding._forward_hooks) == 0
         results.append((weights(trained.policy), len(forwards), widths.count(1)))
     plain, checkpointed = results

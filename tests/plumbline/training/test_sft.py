@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
 from plumbline.params.schema import SFTParams
+from plumbline.training.precision import Precision
 from plumbline.training.reporting import ignore_metrics, ignore_progress
 from plumbline.training.sft import held_out_loss, train_sft
 
@@ -39,11 +40,12 @@ def sft_params(**changes: Any) -> SFTParams:
 
 
 def train(
-    model: PreTrainedModel, params: SFTParams, seed: int = 0, pad: int = PAD
-) -> list[Mapping[str, float]]:
+    model: PreTrainedModel, params: SFTParams, seed: int = 0, pad: int = PAD,
+    precision: Precision = "fp32",
+) -> list[Mapping[str, float]]:  # fmt: skip
     history: list[Mapping[str, float]] = []
     train_sft(
-        model, ROWS, params, pad_token_id=pad, seed=seed,
+        model, ROWS, params, pad_token_id=pad, seed=seed, precision=precision,
         log=lambda _, metrics: history.append(metrics), progress=ignore_progress,
     )  # fmt: skip
     return history
@@ -110,6 +112,44 @@ def test_micro_batches_leave_the_training_the_same(lm: PreTrainedModel) -> None:
     assert float((trained[8] - weights(lm)).abs().max()) > 5e-4
     for size in (4, 2):
         torch.testing.assert_close(trained[size], trained[8], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_leaves_the_training_the_same(
+    lm: PreTrainedModel, precision: Precision
+) -> None:
+    trained = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(lm)
+        forwards: list[bool] = []
+        layer = model.transformer.h[0].ln_1
+        layer.register_forward_hook(lambda *_, seen=forwards: seen.append(True))
+        train(
+            model,
+            sft_params(gradient_checkpointing=checkpointing, learning_rate=5e-4),
+            precision=precision,
+        )
+        assert len(forwards) == (4 if checkpointing else 2)
+        assert not any(module.training for module in model.modules())
+        assert not model.is_gradient_checkpointing
+        assert not model.get_input_embeddings()._forward_hooks
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, atol=1e-6, rtol=0)
+
+
+def test_bf16_trains_wide_weights_to_nearly_the_same(lm: PreTrainedModel) -> None:
+    trained = {}
+    for precision in ("fp32", "bf16"):
+        model = copy.deepcopy(lm)
+        history = train(model, sft_params(epochs=10), precision=precision)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
+        trained[precision] = weights(model), history[-1]["sft/loss"]
+    change, narrow = (trained[name][0] - weights(lm) for name in ("fp32", "bf16"))
+    assert not torch.equal(change, narrow)
+    assert float(torch.cosine_similarity(change, narrow, dim=0)) > 0.95
+    assert trained["bf16"][1] == pytest.approx(trained["fp32"][1], rel=0.05)
+    # Twenty steps of at most the rate: weights kept in bf16 could not move so little.
+    assert float((narrow != 0).float().mean()) > 0.5
 
 
 def test_the_pad_token_does_not_matter(lm: PreTrainedModel) -> None:

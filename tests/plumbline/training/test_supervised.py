@@ -3,16 +3,18 @@
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
 from plumbline.params.schema import SupervisedParams
-from plumbline.training.supervised import fit
+from plumbline.training.supervised import checkpointing, fit
 
 Metrics = Mapping[str, float]
 
@@ -54,7 +56,7 @@ def run(
     done: list[tuple[int, int]] = []
     model = Line()
     fit(
-        model, rows, collate, settings, section="sft", loss=squared, seed=0,
+        model, rows, collate, settings, section="sft", loss=squared, seed=0, precision="fp32",
         log=lambda step, metrics: logged.append((step, metrics)),
         progress=lambda *state: done.append(state),
     )  # fmt: skip
@@ -76,6 +78,22 @@ def test_metrics_are_named_after_the_section() -> None:
     assert logged[0][1]["sft/epoch"] == 5
     assert logged[0][1]["sft/lr"] == 0.1
     assert logged[1][1]["sft/loss"] < logged[0][1]["sft/loss"]
+
+
+def test_further_metrics_are_asked_for_at_each_log() -> None:
+    asked: list[int] = []
+    logged: list[Metrics] = []
+
+    def stats() -> Metrics:
+        asked.append(len(asked))
+        return {"sft/asked": float(len(asked))}
+
+    fit(
+        Line(), ROWS, collate, params(), section="sft", loss=squared, seed=0, precision="fp32",
+        log=lambda _, metrics: logged.append(metrics), progress=lambda *_: None, stats=stats,
+    )  # fmt: skip
+    assert [metrics["sft/asked"] for metrics in logged] == [1, 2]
+    assert set(logged[0]) == {"sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch", "sft/asked"}
 
 
 def test_progress_counts_rows_and_ends_at_their_total() -> None:
@@ -138,7 +156,7 @@ def test_a_loss_that_is_not_finite_is_found_in_the_last_steps_too(epochs: int) -
     with pytest.raises(TrainingError, match="expected a finite loss"):
         fit(
             Late(), ROWS, collate, params(epochs=epochs), section="sft", loss=squared, seed=0,
-            log=lambda *_: None, progress=lambda *_: None,
+            precision="fp32", log=lambda *_: None, progress=lambda *_: None,
         )  # fmt: skip
 
 
@@ -155,3 +173,86 @@ def test_nothing_is_left_in_the_folder_or_on_the_terminal(
     run(params(), ROWS)
     assert os.listdir(tmp_path) == []
     assert capsys.readouterr().out == ""
+
+
+# Precision and memory
+
+
+class Matrix(Line):
+    """y = weight * x as a matrix product, and remembers how wide it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x.unsqueeze(1) @ self.weight.unsqueeze(1)
+        self.widths.add(product.dtype)
+        return product.squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "width"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_matrix_products_have_the_width_asked_for(precision: Any, width: torch.dtype) -> None:
+    model = Matrix()
+    seen: list[torch.dtype] = []
+    model.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.dtype))
+    fit(
+        model, ROWS, collate, params(epochs=60), section="sft", loss=squared, seed=0,
+        precision=precision, log=lambda *_: None, progress=lambda *_: None,
+    )  # fmt: skip
+    assert model.widths == {width}
+    assert set(seen) == {model.weight.dtype} == {torch.float32}
+    # Narrow products still lead to the right weight, to more digits than bf16 has.
+    assert model.weight.item() == pytest.approx(2, abs=0.02)
+
+
+def test_checkpointing_recomputes_only_inside_its_context(
+    lm: PreTrainedModel, scorer: PreTrainedModel
+) -> None:
+    wrapped = nn.ModuleDict({"inside": lm})
+    scorer.train()
+    ids = torch.tensor([[5, 6, 7]])
+    forwards: list[str] = []
+    for name, model in (("lm", lm), ("scorer", scorer)):
+        layer = model.transformer.h[0].ln_1
+        layer.register_forward_hook(lambda *_, name=name: forwards.append(name))
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        forwards.clear()
+        lm.zero_grad()
+        scorer.zero_grad()
+        (lm(ids).logits.sum() + scorer(ids).logits.sum()).backward()
+        return lm.transformer.wte.weight.grad.clone(), scorer.transformer.wte.weight.grad.clone()
+
+    expected = gradient()
+    assert sorted(forwards) == ["lm", "scorer"]
+    with checkpointing(wrapped, scorer):
+        for mine, whole in zip(gradient(), expected, strict=True):
+            torch.testing.assert_close(mine, whole, atol=1e-6, rtol=1e-6)
+        assert sorted(forwards) == ["lm", "lm", "scorer", "scorer"]
+    for mine, whole in zip(gradient(), expected, strict=True):
+        assert torch.equal(mine, whole)
+    assert sorted(forwards) == ["lm", "scorer"]
+
+
+def test_checkpointing_leaves_models_as_they_were(
+    lm: PreTrainedModel, scorer: PreTrainedModel
+) -> None:
+    scorer.train()
+    for failing in (False, True):
+        with suppress(KeyError), checkpointing(lm, scorer):
+            assert lm.is_gradient_checkpointing
+            assert all(module.training for module in lm.modules())
+            if failing:
+                raise KeyError
+        for model, training in ((lm, False), (scorer, True)):
+            assert not model.is_gradient_checkpointing
+            assert all(module.training == training for module in model.modules())
+            assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_checkpointing_of_what_is_no_transformer_changes_nothing() -> None:
+    with checkpointing(Line()):
+        pass
