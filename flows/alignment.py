@@ -15,7 +15,7 @@ from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 from plumbline.refs import DataVersion, RegistrationRef, StepResult
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.base_model import base_model
 from tasks.data_version import current_version, git_state, pull_missing
 from tasks.dpo import dpo
@@ -161,7 +161,7 @@ def _warn_if_damaged(step: StepName, result: StepResult) -> bool:
     from rich.console import Console
 
     why = damage(result)
-    if isinstance(result, RegistrationRef) and not tracking.version_exists(
+    if isinstance(result, RegistrationRef) and not model_store.version_exists(
         result.name, result.version
     ):
         why = f"version {result.version} of {result.name} is gone from the registry"
@@ -175,5 +175,5 @@ def _point_alias(loaded: Loaded, results: dict[str, StepResult]) -> dict[str, st
     made = results["register"]
     assert isinstance(made, RegistrationRef)
     alias = loaded.experiment.registry.alias
-    tracking.point_alias(made.name, alias, made.version)
+    model_store.point_alias(made.name, alias, made.version)
     return {"name": made.name, "version": made.version, "alias": alias}

@@ -8,7 +8,7 @@ import torch
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.models.load import load_tokenizer
 from plumbline.rollout.generate import sample_responses
-from tasks import tracking
+from tasks import model_store
 from tasks.progress import quiet_libraries
 
 
@@ -19,8 +19,8 @@ def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> C
         ParamsError: the registry has no such model.
     """
     quiet_libraries()
-    folder = tracking.registered_folder(name)
-    model = tracking.open_policy(folder).eval()
+    folder = model_store.registered_folder(name)
+    model = model_store.open_policy(folder).eval()
     encoder = ChatEncoder(load_tokenizer(folder / "components" / "tokenizer"))
     generator = torch.Generator().manual_seed(seed)
 

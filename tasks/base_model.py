@@ -8,7 +8,7 @@ from plumbline.models import load
 from plumbline.params.schema import ModelParams, ScratchModel
 from plumbline.project import find_project
 from plumbline.refs import DataRef, ModelRef
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 
 
@@ -29,7 +29,8 @@ def base_model(
         root = find_project().root
         tokenizer = load.base_tokenizer(params, root, texts)
         model = load.base_model(params, root, tokenizer, seed)
-        return tracked.model(
+        return model_store.log_model(
+            tracked,
             "text-generation",
             model,
             tokenizer,

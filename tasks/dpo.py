@@ -15,7 +15,7 @@ from plumbline.training.device import training_device
 from plumbline.training.dpo import held_out_metrics, pair_logprobs, train_dpo
 from plumbline.training.lora import add_adapter
 from plumbline.training.precision import autocast, resolve_precision
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.pictures import publish_image
 from tasks.progress import progress_bar
@@ -37,7 +37,7 @@ def dpo(
         tracking.step_run(run, "dpo", asked) as tracked,
         progress_bar("dpo", "pairs") as progress,
     ):
-        tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
+        tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
         train, test = (
             encode_rows(read_rows(tracking.open_uri(split.uri)), encoder)
@@ -50,7 +50,7 @@ def dpo(
         device = training_device()
         resolved = resolve_precision(precision, device)
         pad, rows = encoder.pad_token_id, params.micro_batch_size
-        policy = load_lm(tracking.model_folder(sft)).to(device).eval()
+        policy = load_lm(model_store.model_folder(sft)).to(device).eval()
         # The policy is still the reference: no second model is needed.
         with autocast(device, resolved):
             reference, held_out_reference = (
@@ -74,7 +74,8 @@ def dpo(
         publish_image(
             tracked, "curves", dpo_curves(history, f"{run.name}: DPO, beta {params.beta:g}")
         )
-        return tracked.policy(
+        return model_store.log_policy(
+            tracked,
             policy,
             tokenizer,
             base=sft if params.lora.enabled else None,

@@ -24,7 +24,7 @@ from plumbline.params.schema import EvaluateParams, SamplingParams, reward_name
 from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest
 from plumbline.training.device import training_device
 from plumbline.training.precision import autocast, resolve_precision
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.pictures import publish_image
 from tasks.progress import progress_bar
@@ -49,15 +49,15 @@ def evaluate(
         tracking.step_run(run, "evaluate", asked) as tracked,
         progress_bar("evaluate", "answers") as progress,
     ):
-        encoder = ChatEncoder(load_tokenizer(tracking.tokenizer_folder(sft)))
+        encoder = ChatEncoder(load_tokenizer(model_store.tokenizer_folder(sft)))
         held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "evaluation")
         device = training_device()
-        reference = load_lm(tracking.model_folder(sft)).to(device).eval()
-        trained = tracking.open_policy(tracking.open_uri(policy.uri)).to(device).eval()
-        scorer = load_scalar_model(tracking.model_folder(reward_model)).to(device).eval()
+        reference = load_lm(model_store.model_folder(sft)).to(device).eval()
+        trained = model_store.open_policy(tracking.open_uri(policy.uri)).to(device).eval()
+        scorer = load_scalar_model(model_store.model_folder(reward_model)).to(device).eval()
         onlooker = (
-            load_scalar_model(tracking.model_folder(judge)).to(device).eval() if judge else None
+            load_scalar_model(model_store.model_folder(judge)).to(device).eval() if judge else None
         )
         gold = load_function(params.gold, "evaluate.gold") if params.gold else None
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)

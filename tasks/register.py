@@ -5,7 +5,7 @@ from prefect import task
 from plumbline.models.load import load_tokenizer
 from plumbline.params.schema import RegistryParams
 from plumbline.refs import EvaluationRef, ModelRef, RegistrationRef
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 
 SCORES = (
@@ -28,12 +28,13 @@ def register(
 ) -> RegistrationRef:
     """Make a new version of the registered model; the flow lets the alias point to it."""
     with tracking.step_run(run, "register", params.model_dump()) as tracked:
-        if params.merge_lora and tracking.is_adapter(policy):
+        if params.merge_lora and model_store.is_adapter(policy):
             # Merged, any tool can load and serve it.
-            policy = tracked.model(
+            policy = model_store.log_model(
+                tracked,
                 "text-generation",
-                tracking.open_policy(tracking.open_uri(policy.uri)),
-                load_tokenizer(tracking.tokenizer_folder(policy)),
+                model_store.open_policy(tracking.open_uri(policy.uri)),
+                load_tokenizer(model_store.tokenizer_folder(policy)),
                 max_new_tokens=max_new_tokens,
                 metrics={},
             )
@@ -43,7 +44,7 @@ def register(
             if name in evaluation.metrics
         }
         tags = {"plumbline.run_id": run.mlflow_run_id, "plumbline.digest": policy.digest, **scores}
-        version = tracking.register_model(params.name, policy, tags)
+        version = model_store.register_model(params.name, policy, tags)
         return RegistrationRef(
             digest=policy.digest,
             uri=policy.uri,

@@ -16,7 +16,7 @@ from plumbline.refs import DataRef, ModelRef, SplitRef
 from plumbline.training.device import training_device
 from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.reward_model import Row, normalise_on, train_reward_model
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.progress import progress_bar
 
@@ -58,7 +58,7 @@ def make_reward_model(
         tracking.step_run(run, step, asked) as tracked,
         progress_bar(step, "rows") as progress,
     ):
-        tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
+        tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
         judgements = ratings or preferences
 
@@ -75,7 +75,7 @@ def make_reward_model(
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
-        model = scalar_model_from_lm(tracking.model_folder(sft), seed).to(device)
+        model = scalar_model_from_lm(model_store.model_folder(sft), seed).to(device)
         train_reward_model(
             model, train, params,
             pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
@@ -111,7 +111,8 @@ def make_reward_model(
                     outcome="share rated good" if pointwise else "share ordered right",
                 ),
             )
-        return tracked.model(
+        return model_store.log_model(
+            tracked,
             "text-classification",
             model,
             tokenizer,

@@ -21,7 +21,7 @@ from plumbline.training.models import Models, ValueHead
 from plumbline.training.policy_update import Setting
 from plumbline.training.precision import resolve_precision
 from plumbline.training.rl import train_rl
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.pictures import publish_image
 from tasks.progress import progress_bar
@@ -50,15 +50,15 @@ def rl(
         tracking.step_run(run, "rl", asked) as tracked,
         progress_bar("rl", "episodes") as progress,
     ):
-        tokenizer = load_tokenizer(tracking.tokenizer_folder(sft))
+        tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "training")
         device = training_device()
         models = load_models(
             params,
-            tracking.model_folder(sft),
-            tracking.model_folder(reward_model),
-            tracking.model_folder(judge) if judge else None,
+            model_store.model_folder(sft),
+            model_store.model_folder(reward_model),
+            model_store.model_folder(judge) if judge else None,
             device,
             seed,
         )
@@ -87,7 +87,8 @@ def rl(
             for name in history[0]
             if name.startswith(FINAL)
         }
-        return tracked.policy(
+        return model_store.log_policy(
+            tracked,
             models.policy,
             tokenizer,
             base=sft if params.lora.enabled else None,

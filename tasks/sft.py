@@ -12,7 +12,7 @@ from plumbline.refs import ModelRef, SplitRef
 from plumbline.training.device import training_device
 from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.sft import held_out_loss, train_sft
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.progress import progress_bar
 
@@ -33,7 +33,7 @@ def sft(
         tracking.step_run(run, "sft", asked) as tracked,
         progress_bar("sft", "rows") as progress,
     ):
-        tokenizer = load_tokenizer(tracking.tokenizer_folder(base_model))
+        tokenizer = load_tokenizer(model_store.tokenizer_folder(base_model))
         encoder = ChatEncoder(tokenizer)
         train, test = (
             encode_rows(read_rows(tracking.open_uri(split.uri)), encoder)
@@ -45,7 +45,7 @@ def sft(
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
-        model = load_lm(tracking.model_folder(base_model)).to(device)
+        model = load_lm(model_store.model_folder(base_model)).to(device)
         train_sft(
             model, train, params,
             pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
@@ -53,7 +53,8 @@ def sft(
         )  # fmt: skip
         with autocast(device, resolved):
             loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)
-        return tracked.model(
+        return model_store.log_model(
+            tracked,
             "text-generation",
             model,
             tokenizer,
