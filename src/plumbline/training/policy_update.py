@@ -189,10 +189,10 @@ def _micro_batch_loss(
         stats["loss/value_avg"] = float(loss_value.detach())
         stats["val/clipfrac_avg"] = float(value.clip_fraction) / num_tokens
     if params.kl_in == "loss":
+        ref_logprobs = experience.ref_logprobs[rows, :width]
         # Masked before exp: a pad may be so unlikely that its k3 is infinite, and inf * 0 is NaN.
-        zeros = torch.zeros_like(logprobs)
-        ref_logprobs = torch.where(mask, experience.ref_logprobs[rows, :width], zeros)
-        kl = kl_estimate(torch.where(mask, logprobs, zeros), ref_logprobs, params.kl_estimator)
+        real = torch.where(mask, logprobs, ref_logprobs)
+        kl = kl_estimate(real, ref_logprobs, params.kl_estimator)
         loss_kl = masked_sum(kl, mask) / num_tokens
         loss = loss + kl_coef * loss_kl
         stats["loss/kl_avg"] = float(loss_kl.detach())

@@ -356,6 +356,21 @@ def test_the_whole_loss_by_hand(make_setting: MakeSetting) -> None:
 # What must not matter
 
 
+def test_gradients_of_the_step_before_are_left_out(
+    models: Models, answered: Answered, make_setting: MakeSetting, weights: Flatten
+) -> None:
+    experience = float_columns(experience_of(models, answered))
+    other = copy.deepcopy(models)
+    for trained, left in ((models, None), (other, 1e3)):
+        optimizer = sgd(trained, 0.05)
+        for module in modules(trained):
+            for weight in module.parameters():
+                weight.grad = None if left is None else torch.full_like(weight, left)
+        one_update(trained, experience, make_setting(), optimizer=optimizer)
+    for ours, theirs in zip(modules(models), modules(other), strict=True):
+        assert torch.equal(weights(ours), weights(theirs))
+
+
 def test_micro_batches_leave_the_step_the_same(
     models: Models, answered: Answered, make_setting: MakeSetting, moved: Move, weights: Flatten
 ) -> None:

@@ -127,6 +127,27 @@ def test_weights_and_gradients_stay_wide(
     assert float(change.max()) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("precision", "width"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_sampling_scoring_and_update_are_of_one_width(
+    models: Models, make_setting: MakeSetting, run_rl: Any, precision: str, width: torch.dtype
+) -> None:
+    seen: set[tuple[str, bool, torch.dtype]] = set()
+
+    def watch(name: str, layer: nn.Module) -> None:
+        layer.register_forward_hook(
+            lambda _, __, output: seen.add((name, torch.is_grad_enabled(), output.dtype))
+        )
+
+    for name, model in models._asdict().items():
+        if model is not None:
+            watch(name, model.transformer.h[0].mlp.c_fc)
+    run_rl(models, make_setting(precision=precision, episodes=8))
+    frozen = {(name, False, width) for name in ("policy", "ref_policy", "reward_model", "critic")}
+    assert seen == frozen | {("policy", True, width), ("critic", True, width)}
+
+
 def gradients(models: Models, setting: Setting, run_rl: Any) -> Tensor:
     """Of the policy in the only step of a rollout, at a rate that moves nothing."""
     run_rl(models, setting)

@@ -19,6 +19,7 @@ from plumbline.errors import ParamsError, TrainingError
 from plumbline.rollout.experience import Experience
 from plumbline.rollout.generate import Responses
 from plumbline.rollout.scoring import Scores
+from plumbline.training import rl
 from plumbline.training.credit import Baseline
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.policy_update import Setting
@@ -426,6 +427,29 @@ def test_the_coefficient_weighs_the_penalty_in_the_loss(
     assert not torch.equal(*trained)
 
 
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_rewards_and_losses_take_the_coefficient_of_the_moment(
+    models: Models, make_setting: MakeSetting, run_rl: RunRL, monkeypatch: pytest.MonkeyPatch,
+    kl_in: str,
+) -> None:  # fmt: skip
+    taken: dict[str, list[float]] = {"make_experience": [], "update": []}
+    for name, place in (("make_experience", 5), ("update", 5)):
+        original = getattr(rl, name)
+
+        def spy(*inputs: Any, name: str = name, place: int = place, call: Any = original) -> Any:
+            taken[name].append(inputs[place])
+            return call(*inputs)
+
+        monkeypatch.setattr(rl, name, spy)
+    setting = make_setting(
+        kl_controller="adaptive", kl_coef=0.1, kl_target=5.0, kl_horizon=100, episodes=24,
+        kl_in=kl_in, kl_estimator="k3",
+    )  # fmt: skip
+    logged = [row["objective/kl_coef"] for row in run_rl(models, setting)]
+    assert len(set(logged)) == 3
+    assert taken == {"make_experience": logged, "update": logged}
+
+
 def test_a_fixed_controller_stays(make_setting: MakeSetting) -> None:
     controller = make_kl_controller(make_setting(kl_coef=0.3).params)
     controller.update(100.0, 8)
@@ -494,8 +518,6 @@ def test_each_response_is_scored_with_its_own_prompt_and_text(
     seen: list[tuple[str, str]] = []
     toy.letters = lambda prompt, text: float(seen.append((prompt, text)) or 0)
     batches: list[tuple[list[list[int]], Responses]] = []
-    from plumbline.training import rl
-
     sample = rl.sample_responses
 
     def spy(model: PreTrainedModel, queries: list[list[int]], **options: Any) -> Responses:
