@@ -71,7 +71,7 @@ def make_reward_model(
             train = take_half(train, half)
         tracked.dataset(
             "ratings" if ratings else "preferences", judgements.train.digest,
-            judgements.train.uri, len(train), "training",
+            judgements.train.uri, judgements.train.rows, "training",
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
@@ -116,5 +116,9 @@ def make_reward_model(
             "text-classification",
             model,
             tokenizer,
-            metrics=normalisation.metrics | held_out.metrics,
+            metrics={
+                f"{step}/training_rows": float(len(train)),
+                **normalisation.metrics,
+                **held_out.metrics,
+            },
         )

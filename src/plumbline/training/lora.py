@@ -94,8 +94,11 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
 
 def load_merged(model: PreTrainedModel, folder: Path) -> None:
     """Read the adapters in `folder` and add them to the weights of the model they belong to."""
+    conversions = getattr(model, "_weight_conversions", None)
     model.load_adapter(str(folder))
     merge_adapter(model)
+    # transformers would go on writing the weights under the names that adapters have in files.
+    model._weight_conversions = conversions
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, BaseTunerLayer]]:

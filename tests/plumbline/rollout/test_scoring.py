@@ -91,14 +91,18 @@ def test_the_reward_model_has_a_weight(scorer: PreTrainedModel) -> None:
     assert scores.parts["reward_model"].tolist() == near(raw)
 
 
-def test_the_reward_models_score_is_cut_before_its_weight(scorer: PreTrainedModel) -> None:
-    raw = naive_scores(scorer)
-    limit = sorted(abs(value) for value in raw)[1] * 1.01
-    scores = score(scorer, score_clip=limit, reward_model_weight=2.0)
-    cut = [min(max(value, -limit), limit) for value in raw]
-    assert cut != raw
-    assert scores.total.tolist() == near([2 * value for value in cut])
-    assert scores.parts["reward_model"].tolist() == near(raw)
+def test_the_reward_models_score_is_cut_on_both_sides_before_its_weight(
+    scorer: PreTrainedModel, other_scorer: PreTrainedModel
+) -> None:
+    # The other one says the opposite, so that high and low scores are cut.
+    for model in (scorer, other_scorer):
+        raw = naive_scores(model)
+        limit = sorted(abs(value) for value in raw)[1] * 1.01
+        scores = score(model, score_clip=limit, reward_model_weight=2.0)
+        cut = [min(max(value, -limit), limit) for value in raw]
+        assert cut != raw
+        assert scores.total.tolist() == near([2 * value for value in cut])
+        assert scores.parts["reward_model"].tolist() == near(raw)
 
 
 def test_functions_are_weighed_and_added(scorer: PreTrainedModel, toy: ModuleType) -> None:

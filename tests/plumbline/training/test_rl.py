@@ -378,6 +378,20 @@ def test_the_seed_decides_every_bit(
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_the_seed_decides_what_is_sampled(
+    models: Models, make_setting: MakeSetting, prompts: list[str], encoder: ChatEncoder
+) -> None:
+    # One prompt alone: its order can't make the difference.
+    drawn: list[float] = []
+    for seed in (0, 0, 1):
+        train_rl(
+            copy.deepcopy(models), prompts[:1], encoder, make_setting(episodes=8), seed=seed,
+            log=lambda _, metrics: drawn.append(metrics["objective/entropy"]),
+            progress=ignore_progress, warn=ignore_warnings,
+        )  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_learning_rate_rises_during_the_warm_up(
     models: Models, make_setting: MakeSetting, run_rl: RunRL, schedule: str
