@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.environment import database_uri
-from flows.reports import headline
+from flows.reports import estimates, headline
 from flows.summary import RunSummary
 from plumbline.project import Project
 
@@ -80,18 +80,8 @@ def _metrics(summary: RunSummary) -> Table:
     table = Table("metric", "SFT", "policy", title="Held-out prompts")
     for label, sft, policy in headline(summary.metrics):
         table.add_row(label, f"{sft:.3f}", f"{policy:.3f}")
-    m = summary.metrics
-    table.add_row(
-        "win rate over SFT",
-        "",
-        f"{m['eval/win_rate']:.3f} [{m['eval/win_rate_low']:.3f}, {m['eval/win_rate_high']:.3f}]",
-    )
-    table.add_row(
-        "reward-model accuracy",
-        "",
-        f"{m['reward_model/accuracy']:.3f} "
-        f"[{m['reward_model/accuracy_low']:.3f}, {m['reward_model/accuracy_high']:.3f}]",
-    )
+    for label, estimate in estimates(summary.metrics):
+        table.add_row(label, "", estimate)
     return table
 
 

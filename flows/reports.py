@@ -53,6 +53,8 @@ def markdown(summary: RunSummary) -> str:
         f"| {label} | {sft:.3f} | {policy:.3f} |"
         for label, sft, policy in headline(summary.metrics)
     ]
+    lines += ["", "| estimate | with its 95% interval |", "|---|---:|"]
+    lines += [f"| {label} | {estimate} |" for label, estimate in estimates(summary.metrics)]
     lines += ["", "![curves](curves.png)", "", "![reward against KL](reward-kl.png)", ""]
     lines += ["| prompt | SFT | policy |", "|---|---|---|"]
     lines += [
@@ -60,6 +62,26 @@ def markdown(summary: RunSummary) -> str:
         for row in summary.samples
     ]
     return "\n".join(lines) + "\n"
+
+
+def estimates(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """The comparisons that have a 95% interval: label, and "estimate [low, high]"."""
+    names = {
+        "win rate over SFT": "eval/win_rate",
+        "gain in the reward model's score": "eval/score_gain",
+        "gain in the gold score": "eval/gold_gain",
+        "gain in the judge's score": "eval/judge_gain",
+        "reward-model accuracy": "reward_model/accuracy",
+        "judge's accuracy": "judge/accuracy",
+    }
+    return [
+        (
+            label,
+            f"{metrics[name]:.3f} [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]",
+        )
+        for label, name in names.items()
+        if name in metrics
+    ]
 
 
 def _cell(text: object) -> str:
