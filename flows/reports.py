@@ -100,6 +100,30 @@ def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
         "distinct-1": "distinct_1",
         "distinct-2": "distinct_2",
     }
+    shown = []
+    for label, name in names.items():
+        if name in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            shown.append((label, f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"))
+    return shown
+
+
+def _cell(text: object) -> str:
+    """A text in a cell of a Markdown table."""
+    return str(text).replace("|", "\\|").replace("\n", "<br>")
+
+
+def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
+    """The metrics in which the two models are compared: label, SFT's value, policy's value."""
+    rows = {
+        "reward-model score": "score",
+        "gold score": "gold",
+        "judge's score": "judge",
+        "KL to SFT (nats a response)": "kl",
+        "length (tokens)": "length_mean",
+        "distinct-1": "distinct_1",
+        "distinct-2": "distinct_2",
+    }
     return [
         (label, metrics[f"eval/sft/{key}"], metrics[f"eval/policy/{key}"])
         for label, key in rows.items()

@@ -152,13 +152,15 @@ def score_texts(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int, pad_token_id: int
 ) -> Tensor:
     """Score of each sequence of token ids (prompt and response): [N], on the CPU."""
-    scores = []
-    for start in range(0, len(sequences), batch_size):
-        ids, mask = pad_right(sequences[start : start + batch_size], pad_token_id)
-        batch = sequence_scores(model, ids.to(model.device), mask.to(model.device))
-        # Means and deviations of bf16 scores would be bf16, too.
-        scores.append(batch.float().cpu())
-    return torch.cat(scores)
+    # Neighbours of one length need no padding.
+    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    scores = torch.empty(len(sequences))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        ids, mask = pad_right([sequences[place] for place in places], pad_token_id)
+        part = sequence_scores(model, ids.to(model.device), mask.to(model.device))
+        scores[places] = part.float().cpu()
+    return scores
 
 
 def score_pairs(
