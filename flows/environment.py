@@ -24,6 +24,8 @@ def prepare_environment(project: Project) -> None:
         "HF_DATASETS_CACHE": str(home / "datasets"),
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        # Bars of libraries; the steps draw their own.
+        "TQDM_DISABLE": "1",
         "DVC_NO_ANALYTICS": "1",
         "MPLCONFIGDIR": str(home / "matplotlib"),
         # Threads that wait by spinning for long halve the speed of everything beside them, and

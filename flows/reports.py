@@ -74,32 +74,6 @@ def estimates(metrics: dict[str, float]) -> list[tuple[str, str]]:
         "reward-model accuracy": "reward_model/accuracy",
         "judge's accuracy": "judge/accuracy",
     }
-    return [
-        (
-            label,
-            f"{metrics[name]:.3f} [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]",
-        )
-        for label, name in names.items()
-        if name in metrics
-    ]
-
-
-def _cell(text: object) -> str:
-    """A text in a cell of a Markdown table."""
-    return str(text).replace("|", "\\|").replace("\n", "<br>")
-
-
-def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
-    """The metrics in which the two models are compared: label, SFT's value, policy's value."""
-    rows = {
-        "reward-model score": "score",
-        "gold score": "gold",
-        "judge's score": "judge",
-        "KL to SFT (nats a response)": "kl",
-        "length (tokens)": "length_mean",
-        "distinct-1": "distinct_1",
-        "distinct-2": "distinct_2",
-    }
     shown = []
     for label, name in names.items():
         if name in metrics:
