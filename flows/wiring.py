@@ -59,7 +59,8 @@ def _reward_model(p: Experiment, r: Results) -> Arguments:
 
 
 def _judge(p: Experiment, r: Results) -> Arguments:
-    return {**_reward_model(p, r), "seed": p.seed + SEED_OF_THE_JUDGE, "half": JUDGE_HALF}
+    seed = (p.seed + SEED_OF_THE_JUDGE) % 2**32
+    return {**_reward_model(p, r), "seed": seed, "half": JUDGE_HALF}
 
 
 def _ratings(p: Experiment, r: Results) -> Any:
