@@ -46,6 +46,11 @@ def quiet_libraries() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
+def show_warning(text: str) -> None:
+    """Say on the terminal, above any bar, what looks wrong."""
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(step: str, unit: str) -> Iterator[Report]:
     """Show the progress of a step; yields what the step calls with the work done and all of it."""

@@ -30,6 +30,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
 from plumbline.refs import StepResult
+from tasks.progress import show_warning
 from tasks.records import local_path
 
 log = logging.getLogger("plumbline")
@@ -88,7 +89,9 @@ class StepRun:
     def warn(self, step: int, name: str, message: str) -> None:
         """Show what looks wrong: in the log, and on the run (plumbline.training.reporting.Warn)."""
         self.warnings += 1
+        # Prefect sends the log to the run's page; the terminal shows the project's own lines only.
         log.warning("%s: %s (%s %d)", name, message, self.step, step)
+        show_warning(f"{self.step} {step}: {name}: {message}")
         tag_run(self.run_id, {f"warning.{name}": f"{step}: {message}"})
 
     def finals(self, metrics: Mapping[str, float]) -> None:

@@ -33,7 +33,9 @@ def test_metrics_are_written_in_batches_and_none_is_lost(run: tracking.PipelineR
 
 
 def test_a_warning_stands_in_the_log_and_on_the_run(
-    run: tracking.PipelineRun, caplog: pytest.LogCaptureFixture
+    run: tracking.PipelineRun,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with tracking.step_run(run, "rl", {}) as tracked:
         tracked.warn(512, "kl_runaway", "the KL is 40 nats; raise rl.kl_coef")
@@ -41,4 +43,5 @@ def test_a_warning_stands_in_the_log_and_on_the_run(
     tags = MlflowClient().get_run(tracked.run_id).data.tags
     assert tags["warning.kl_runaway"] == "512: the KL is 40 nats; raise rl.kl_coef"
     assert "kl_runaway: the KL is 40 nats; raise rl.kl_coef (rl 512)" in caplog.text
+    assert "rl 512: kl_runaway: the KL is 40 nats; raise rl.kl_coef" in capsys.readouterr().err
     assert tracked.warnings == 1
