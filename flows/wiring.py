@@ -47,6 +47,7 @@ def _sft(p: Experiment, r: Results) -> Arguments:
 
 def _reward_model(p: Experiment, r: Results) -> Arguments:
     return {
+        "step": "reward_model",
         "params": p.reward_model,
         "precision": p.precision,
         "seed": p.seed,
@@ -60,7 +61,7 @@ def _reward_model(p: Experiment, r: Results) -> Arguments:
 
 def _judge(p: Experiment, r: Results) -> Arguments:
     seed = (p.seed + SEED_OF_THE_JUDGE) % 2**32
-    return {**_reward_model(p, r), "seed": seed, "half": JUDGE_HALF}
+    return {**_reward_model(p, r), "step": "judge", "seed": seed, "half": JUDGE_HALF}
 
 
 def _ratings(p: Experiment, r: Results) -> Any:

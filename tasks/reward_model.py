@@ -4,7 +4,7 @@ from typing import Literal
 
 from prefect import task
 
-from plumbline.data.halves import take_half
+from plumbline.data.halves import Half, take_half
 from plumbline.data.rows import encode_rows, read_rows
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.evaluation.plots import calibration_plot, score_histogram
@@ -23,36 +23,21 @@ from tasks.progress import progress_bar
 
 @task(name="reward_model", **step_options)
 def reward_model(
-    params: RewardModelParams,
-    precision: Literal["auto", "fp32", "bf16"],
-    seed: int,
-    half: Literal[0, 1] | None,
-    sft: ModelRef,
-    preferences: SplitRef,
-    ratings: SplitRef | None,
-    demonstrations: DataRef,
-    run: tracking.PipelineRun,
-) -> ModelRef:
-    """Train on people's judgements, normalise on demonstrations, measure on held-out judgements."""
-    return make_reward_model(
-        "reward_model", params, precision, seed, half,
-        sft, preferences, ratings, demonstrations, run,
-    )  # fmt: skip
-
-
-def make_reward_model(
     step: Literal["reward_model", "judge"],
     params: RewardModelParams,
     precision: Literal["auto", "fp32", "bf16"],
     seed: int,
-    half: Literal[0, 1] | None,
+    half: Half | None,
     sft: ModelRef,
     preferences: SplitRef,
     ratings: SplitRef | None,
     demonstrations: DataRef,
     run: tracking.PipelineRun,
 ) -> ModelRef:
-    """Train a reward model, for a step of this name, on one half of the training rows or on all."""
+    """Train on people's judgements, normalise on demonstrations, measure on held-out judgements.
+
+    The judgements are one half of the training rows, or all of them. `step` names the metrics.
+    """
     asked = {**params.model_dump(), "seed": seed, "precision": precision, "half": half}
     with (
         tracking.step_run(run, step, asked) as tracked,
