@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def score_responses(
 def _number(name: str, value: object) -> float:
     # A tensor or a NumPy scalar is a number, too; a text that spells one is a mistake.
     try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, str | bytes) else float(cast(SupportsFloat, value))
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
