@@ -3,32 +3,41 @@
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from prefect import flow, runtime
 
 from flows.reports import read_samples, write_report
+from flows.stopping import cancellable
 from flows.summary import RunSummary, StepSummary
 from flows.wiring import wiring
+from plumbline.artifacts import DigestCache
 from plumbline.checks import check_experiment, check_tables
+from plumbline.errors import PlumblineError
 from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 from plumbline.refs import DataVersion, RegistrationRef, StepResult
 from tasks import model_store, tracking
+from tasks.aliases import note_version
 from tasks.base_model import base_model
+from tasks.bookkeeping import close_dead_runs
+from tasks.checkpoints import discard_checkpoints
 from tasks.data_version import current_version, git_state, pull_missing
 from tasks.dpo import dpo
 from tasks.evaluate import evaluate
 from tasks.judge import judge
-from tasks.keys import cache_key, ingredients
+from tasks.keys import cache_key, digest_cache, ingredients
+from tasks.locks import step_lock
 from tasks.prepare_data import prepare_data
-from tasks.progress import quiet_libraries
+from tasks.progress import quiet_libraries, show_note, show_warning
 from tasks.records import damage, read_result, write_ingredients
 from tasks.register import register
 from tasks.reward_model import reward_model
 from tasks.rl import rl
 from tasks.sft import sft
+from tasks.sources import edited_sources
 
 TASKS: dict[StepName, Any] = {
     "prepare_data": prepare_data,
@@ -60,6 +69,7 @@ def align(
     """
     started = time.perf_counter()
     quiet_libraries()
+    _check_unedited()
     project = find_project()
     make_home(project.home)
     loaded = load_experiment(experiment, project.params, overrides or ())
@@ -68,13 +78,15 @@ def align(
     data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
     check_tables(loaded.experiment, project.root)
 
+    close_dead_runs(project.home)
     run = _open_run(project, loaded, data)
     state: tracking.RunState = "KILLED"
     metrics: dict[str, float] = {}
     try:
-        steps, results = _run_steps(project, loaded, data, run, refresh or ())
+        with cancellable(str(runtime.flow_run.id)):
+            steps, results = _run_steps(project, loaded, data, run, refresh or ())
         metrics = {name: v for result in results.values() for name, v in result.metrics.items()}
-        registered = _point_alias(loaded, results)
+        registered = _point_alias(project, loaded, results)
         seconds = time.perf_counter() - started
         summary = RunSummary(
             experiment=loaded.name,
@@ -98,6 +110,14 @@ def align(
         tracking.end_run(run.mlflow_run_id, state, metrics)
 
 
+def _check_unedited() -> None:
+    """What was imported must be what the cache keys are made of."""
+    if edited := edited_sources():
+        raise PlumblineError(
+            f"The code was edited while the run started: {', '.join(edited)}. Run again."
+        )
+
+
 def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.PipelineRun:
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{runtime.flow_run.id[:4]}"
     tags = {
@@ -109,7 +129,13 @@ def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.P
         "data.dirty": str(data.dirty).lower(),
         **git_state(project.root),
     }
-    run = tracking.start_pipeline(name, project.home, flatten(loaded.experiment), tags)
+    run = tracking.start_pipeline(
+        name,
+        project.home,
+        flatten(loaded.experiment),
+        tags,
+        experiment=loaded.experiment.model_dump(mode="json"),
+    )
     tracking.log_pipeline_dataset(run, data.path, data.digest, data.path, len(data.files))
     return run
 
@@ -124,28 +150,29 @@ def _run_steps(
     """Run or fetch every step; returns what happened and what came of it."""
     steps: dict[str, StepSummary] = {}
     results: dict[str, Any] = {"data": data}
+    digests = digest_cache(project)
     for name, make_arguments in wiring(loaded.experiment).items():
         arguments = make_arguments(results)
         parts = ingredients(name, arguments)
         key = cache_key(name, parts)
-        earlier = read_result(project.results, name, key)
-        broken = earlier is not None and _warn_if_damaged(name, earlier)
-        # Prefect would take a record that we can't read, or whose artifacts are gone.
-        fresh = name in refresh or earlier is None or broken
         began = time.perf_counter()
-        state = TASKS[name].with_options(refresh_cache=fresh)(
-            **arguments, run=run, return_state=True
-        )
-        results[name] = state.result()
-        ran = state.name != "Cached"
-        if ran:
+        own = run.model_copy(update={"key": key, "checkpoints": loaded.experiment.checkpoints})
+        with step_lock(project.home, key, waiting=partial(_say_waiting, name)):
+            fresh = name in refresh or not _is_made(project, name, key, digests)
+            # Before the result, which a kill may leave alone: a plan explains by them.
             write_ingredients(project.home, key, parts)
-            run_id = results[name].mlflow_run_id
-            tracking.tag_run(
-                run_id, {"plumbline.key": key, "plumbline.digest": results[name].digest}
+            state = TASKS[name].with_options(refresh_cache=fresh)(
+                **arguments, run=own, return_state=True
             )
-        else:
-            run_id = tracking.stub_run(run, name, key, results[name])
+            results[name] = state.result()
+            ran = state.name != "Cached"
+            discard_checkpoints(project.home, key)
+            # Under the lock, so that what a run refers to is known before it can be collected.
+            if ran:
+                run_id = results[name].mlflow_run_id
+                tracking.tag_run(run_id, {"plumbline.digest": results[name].digest})
+            else:
+                run_id = tracking.stub_run(run, name, key, results[name])
         steps[name] = StepSummary(
             status="ran" if ran else "cached",
             seconds=round(time.perf_counter() - began, 3),
@@ -153,27 +180,39 @@ def _run_steps(
             digest=results[name].digest,
             mlflow_run_id=run_id,
         )
+    digests.save()
     del results["data"]
     return steps, results
 
 
-def _warn_if_damaged(step: StepName, result: StepResult) -> bool:
-    from rich.console import Console
+def _is_made(project: Project, step: StepName, key: str, digests: DigestCache) -> bool:
+    """Whether the step's result is there and whole; Prefect would take it without a look."""
+    earlier = read_result(project.results, step, key)
+    return earlier is not None and not _warn_if_damaged(step, earlier, digests)
 
-    why = damage(result)
+
+def _say_waiting(step: StepName, holder: str) -> None:
+    show_note(f"{step}: process {holder} is at it; waiting for its result")
+
+
+def _warn_if_damaged(step: StepName, result: StepResult, digests: DigestCache) -> bool:
+    why = damage(result, digests)
     if isinstance(result, RegistrationRef) and not model_store.version_exists(
         result.name, result.version
     ):
         why = f"version {result.version} of {result.name} is gone from the registry"
     if why:
-        Console(stderr=True).print(f"[yellow]{step}: {why}; the step runs again[/yellow]")
+        show_warning(f"{step}: {why}; the step runs again")
     return why is not None
 
 
-def _point_alias(loaded: Loaded, results: dict[str, StepResult]) -> dict[str, str]:
+def _point_alias(
+    project: Project, loaded: Loaded, results: dict[str, StepResult]
+) -> dict[str, str]:
     """Let the alias name this run's model: a cached step does not move it back by itself."""
     made = results["register"]
     assert isinstance(made, RegistrationRef)
     alias = loaded.experiment.registry.alias
     model_store.point_alias(made.name, alias, made.version)
+    note_version(project.home, made.name, alias, made.version)
     return {"name": made.name, "version": made.version, "alias": alias}

@@ -1,11 +1,13 @@
-"""The command line: `plumbline run`, `plan`, `experiments`, `data`, `chat`.
+"""The command line: `plumbline run`, `plan`, `reproduce`, `experiments`, `data`, `chat`.
 
 Frameworks are imported inside the commands, so that `--help` and `plan` stay quick.
 """
 
+import atexit
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.environment import prepare_environment
+from flows.stopping import Terminated, terminable
 from plumbline.errors import DataError, MachineError, ParamsError, PlumblineError
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 
 if TYPE_CHECKING:
     from flows.summary import RunSummary
+    from plumbline.params.loader import Loaded
+    from plumbline.refs import DataVersion
 
-OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, INVALID, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+GO_ON = "the same command goes on from the last checkpoint"
 
 app = typer.Typer(
     help="RLHF as declared, cached, tracked experiments.",
@@ -45,6 +51,7 @@ Overrides = Annotated[
 ]
 ExperimentName = Annotated[str, typer.Argument(help="A file in params/, by name or path.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Refresh = Annotated[list[str], typer.Option(metavar="STEP", help="Run this step again.")]
 AllowDirty = Annotated[
     bool, typer.Option("--allow-dirty", help="Accept data that differs from data.dvc.")
 ]
@@ -54,38 +61,79 @@ AllowDirty = Annotated[
 def run(
     experiment: ExperimentName,
     overrides: Overrides = [],  # noqa: B006  typer reads the default, nobody writes to it
-    refresh: Annotated[list[str], typer.Option(metavar="STEP", help="Run this step again.")] = [],  # noqa: B006
+    refresh: Refresh = [],  # noqa: B006
     json_file: JsonFile = None,
     allow_dirty: AllowDirty = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Make a tracked run even if nothing is to do.")
+    ] = False,
 ) -> None:
     """Run an experiment; steps whose inputs did not change come from the cache."""
-    with _errors_as_exit_codes():
+    started = time.perf_counter()
+    with _errors_as_exit_codes(), terminable():
         project = _project()
         _check_steps(refresh)
         _check_writable(json_file)
         make_home(project.home)
-        _preflight(project, experiment, overrides, allow_dirty)
-        err.print(f"[bold]{experiment}[/bold]: starting Prefect and MLflow …")
-        from flows.alignment import align
+        loaded, data = _verified(project, experiment, overrides, allow_dirty)
+        if not (refresh or record):
+            from flows.up_to_date import up_to_date
 
-        summary = align(
-            experiment, list(overrides), cast(list[StepName], list(refresh)), allow_dirty
-        )
+            if (finished := up_to_date(project, loaded, data, started)) is not None:
+                if json_file:
+                    _write_json(json_file, _as_run_json(finished))
+                from flows.closing import show_up_to_date
+
+                show_up_to_date(out, project, finished)
+                return
+        _preflight(project, loaded)
+        err.print(f"[bold]{experiment}[/bold]: starting Prefect and MLflow …")
+        summary = _align(project, experiment, overrides, refresh, allow_dirty)
         if json_file:
             _write_json(json_file, _as_run_json(summary))
         _show_summary(project, summary)
+
+
+def _align(
+    project: Project,
+    experiment: str,
+    overrides: list[str],
+    refresh: list[str],
+    allow_dirty: bool,
+) -> "RunSummary":
+    from flows.prefect_server import join_server, wait_for_server
+    from tasks.sources import read_sources
+
+    join_server(project.home)
+    # Before the imports, so that an edit in between is seen.
+    read_sources()
+    # The server starts beside these imports, which take as long.
+    from prefect import tags
+
+    from flows.alignment import align
+    from flows.stopping import confirm_cancellation
+    from tasks.bookkeeping import process_tag
+
+    wait_for_server(project.home)
+    try:
+        with tags(process_tag()):
+            return align(experiment, list(overrides), cast(list[StepName], refresh), allow_dirty)
+    finally:
+        confirm_cancellation()
 
 
 @app.command()
 def plan(
     experiment: ExperimentName,
     overrides: Overrides = [],  # noqa: B006
+    refresh: Refresh = [],  # noqa: B006
     json_file: JsonFile = None,
     allow_dirty: AllowDirty = False,
 ) -> None:
     """Say which steps a run would run, and why; starts nothing."""
     with _errors_as_exit_codes():
         project = _project()
+        _check_steps(refresh)
         _check_writable(json_file)
         from flows.planning import make_plan
         from plumbline.params.loader import load_experiment
@@ -95,7 +143,7 @@ def plan(
         loaded = load_experiment(experiment, project.params, overrides)
         pull_missing(project.root)
         data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
-        planned = make_plan(project, loaded.experiment, data)
+        planned = make_plan(project, loaded.experiment, data, refresh)
         if json_file:
             steps = {name: step._asdict() for name, step in planned.items()}
             _write_json(json_file, {"steps": steps})
@@ -104,6 +152,32 @@ def plan(
         for name, step in planned.items():
             table.add_row(name, Text(step.action, colours[step.action]), Text(step.because))
         out.print(table)
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="MLflow's id of a finished pipeline run.")],
+    json_file: JsonFile = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the reproduction's folder, whatever it found.")
+    ] = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Accept a run of edited code; see its commit.")
+    ] = False,
+) -> None:
+    """Make a run again from its commit, params and data, and say what agrees."""
+    with _errors_as_exit_codes(), terminable():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows import agreement, reproducing
+
+        found = reproducing.reproduce(project, run_id, allow_dirty=allow_dirty, keep=keep)
+        if json_file:
+            _write_json(json_file, found.model_dump(mode="json"))
+        agreement.show(out, found)
+        if not found.agrees:
+            raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -212,23 +286,67 @@ def data_import(
         out.print(report(imported), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("gc")
+def collect_garbage(
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Keep what the N newest finished runs use, and all since; else all results stay.",
+        ),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+) -> None:
+    """List what no kept run refers to; what a registry alias points to always stays."""
+    with _errors_as_exit_codes():
+        project = _project()
+        make_home(project.home)
+        from flows.housekeeping import collect, waste_table
+
+        out.print(waste_table(collect(project, keep_last, delete=delete)))
+        if not delete:
+            out.print("Nothing was removed; [bold]--delete[/bold] removes what is listed.")
+
+
+@app.command()
+def verify() -> None:
+    """Hash everything that is stored, and name what is not as it was made."""
+    with _errors_as_exit_codes():
+        project = _project()
+        from flows.verifying import show_verified, verify_everything
+
+        found = verify_everything(project)
+        show_verified(out, found)
+        if found.damaged:
+            raise typer.Exit(FAILED)
+
+
 def _project() -> Project:
     project = find_project()
     prepare_environment(project)
     return project
 
 
-def _preflight(project: Project, experiment: str, overrides: list[str], allow_dirty: bool) -> None:
-    """Find what would stop the run, before any server starts."""
-    from plumbline.checks import check_experiment, check_tables
+def _verified(
+    project: Project, experiment: str, overrides: list[str], allow_dirty: bool
+) -> "tuple[Loaded, DataVersion]":
+    """The experiment, and the data as data.dvc pins it."""
     from plumbline.params.loader import load_experiment
     from tasks.data_version import current_version, pull_missing
-    from tasks.disk import check_room
 
     loaded = load_experiment(experiment, project.params, overrides)
-    check_experiment(loaded.experiment, project.root)
     pull_missing(project.root)
-    current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
+    path = loaded.experiment.data.path
+    return loaded, current_version(project.root, path, allow_dirty=allow_dirty)
+
+
+def _preflight(project: Project, loaded: "Loaded") -> None:
+    """Find what would stop the run, before any server starts."""
+    from plumbline.checks import check_experiment, check_tables
+    from tasks.disk import check_room
+
+    check_experiment(loaded.experiment, project.root)
     check_tables(loaded.experiment, project.root)
     check_room(project.home, loaded.experiment, project.root)
 
@@ -276,8 +394,11 @@ def _errors_as_exit_codes() -> Iterator[None]:
         _print_error(error)
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
-        err.print("[yellow]interrupted[/yellow]")
+        err.print(f"[yellow]interrupted[/yellow]: {GO_ON}")
         raise typer.Exit(INTERRUPTED) from None
+    except Terminated:
+        err.print(f"[yellow]terminated[/yellow]: {GO_ON}")
+        raise typer.Exit(TERMINATED) from None
     except typer.Exit:
         raise
     except Exception:
@@ -296,5 +417,24 @@ def _show_summary(project: Project, summary: "RunSummary") -> None:
     show_summary(out, project, summary)
 
 
+def main() -> None:
+    """Run the command line, and leave at once when all is put away."""
+    code = 0
+
+    def leave() -> None:
+        # Taking the modules apart takes a second or two, and nothing comes of it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    # Registered first, called last.
+    atexit.register(leave)
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
 if __name__ == "__main__":
-    app()
+    main()

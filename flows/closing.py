@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.environment import database_uri
-from flows.reports import estimates, headline
+from flows.headline import estimates, headline
 from flows.summary import RunSummary
 from plumbline.project import Project
 
@@ -20,9 +20,29 @@ def show_summary(console: Console, project: Project, summary: RunSummary) -> Non
     console.print(_samples(summary))
     console.print(_metrics(summary))
     console.print(_steps(summary))
-    report = Path(summary.report)
-    console.print(f"\n[bold]Figures and report[/bold] in {_shown(report)}:")
-    console.print("  " + "  ".join(sorted(path.name for path in report.iterdir())))
+    if summary.report is not None:
+        report = Path(summary.report)
+        console.print(f"\n[bold]Figures and report[/bold] in {_shown(report)}:")
+        console.print("  " + "  ".join(sorted(path.name for path in report.iterdir())))
+    _ways_on(console, project, summary)
+
+
+def show_up_to_date(console: Console, project: Project, summary: RunSummary) -> None:
+    """Print that nothing is to do, and where everything is."""
+    console.print(
+        f"[green]Nothing to do[/green]: all {len(summary.steps)} steps of "
+        f"[bold]{summary.experiment}[/bold] are up to date. `plumbline run {summary.experiment} "
+        "--record` makes a tracked run all the same."
+    )
+    table = Table("step", "made by the MLflow run", "digest", box=None, pad_edge=False)
+    for name, step in summary.steps.items():
+        table.add_row(name, step.mlflow_run_id, step.digest[:12])
+    console.print(table)
+    console.print(_metrics(summary))
+    _ways_on(console, project, summary)
+
+
+def _ways_on(console: Console, project: Project, summary: RunSummary) -> None:
     registered = summary.registered
     console.print(
         f"[bold]Registered[/bold] as {registered['name']} version {registered['version']}, "

@@ -1,14 +1,21 @@
 """What a run would do, and why, without starting anything."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from flows.wiring import wiring
+from plumbline.artifacts import DigestCache
 from plumbline.params.schema import Experiment, StepName
 from plumbline.project import Project
-from plumbline.refs import DataVersion
-from tasks.keys import Ingredients, Pending, cache_key, ingredients
+from plumbline.refs import DataVersion, StepResult
+from tasks.keys import Ingredients, Pending, cache_key, digest_cache, ingredients
 from tasks.records import Record, damage, read_result, records
+
+ABSENT = object()
+"""Stands for a param that the other one of two runs did not have."""
+SHOWN = 3
+"""Changes, and source files of one change, that are named; the others are counted."""
 
 
 class Planned(NamedTuple):
@@ -18,11 +25,18 @@ class Planned(NamedTuple):
     because: str
 
 
+class Finished(NamedTuple):
+    """A step that has nothing to do: the key of its result, and the result."""
+
+    key: str
+    result: StepResult
+
+
 def make_plan(
     project: Project,
     experiment: Experiment,
     data: DataVersion | None,
-    refresh: tuple[str, ...] = (),
+    refresh: Collection[str] = (),
 ) -> dict[StepName, Planned]:
     """Say for every step whether it would run.
 
@@ -31,66 +45,108 @@ def make_plan(
     """
     plan: dict[StepName, Planned] = {}
     results: dict[str, Any] = {"data": data or Pending("data")}
-    for step, arguments in wiring(experiment).items():
-        parts = ingredients(step, arguments(results))
-        plan[step] = _plan_step(project, step, parts, plan, refresh)
+    digest = digest_cache(project)
+    for step, make_arguments in wiring(experiment).items():
+        arguments = make_arguments(results)
+        parts = ingredients(step, arguments)
         results[step] = Pending(step)
-        if plan[step].action == "cached":
-            results[step] = read_result(project.results, step, cache_key(step, parts))
+        found = _look_up(project, step, parts, digest) if parts.complete else None
+        if step in refresh:
+            plan[step] = Planned("run", "asked for with --refresh")
+        elif isinstance(found, Finished):
+            plan[step] = Planned("cached", "nothing changed")
+            results[step] = found.result
+        elif found:
+            plan[step] = Planned("run", found)
+        else:
+            plan[step] = _explain_step(project, step, parts, arguments)
+    digest.save()
     return plan
 
 
-def _plan_step(
-    project: Project,
-    step: StepName,
-    parts: Ingredients,
-    plan: Mapping[StepName, Planned],
-    refresh: tuple[str, ...],
+def finished(
+    project: Project, experiment: Experiment, data: DataVersion
+) -> dict[StepName, Finished] | None:
+    """The results of all steps, where each is there and undamaged; None where any must run."""
+    made: dict[StepName, Finished] = {}
+    results: dict[str, Any] = {"data": data}
+    digest = digest_cache(project)
+    for step, make_arguments in wiring(experiment).items():
+        found = _look_up(project, step, ingredients(step, make_arguments(results)), digest)
+        if not isinstance(found, Finished):
+            return None
+        made[step] = found
+        results[step] = found.result
+    digest.save()
+    return made
+
+
+def _look_up(
+    project: Project, step: StepName, parts: Ingredients, digest: DigestCache
+) -> Finished | str | None:
+    """The step's result, or what is wrong with it; None where there is none."""
+    key = cache_key(step, parts)
+    result = read_result(project.results, step, key)
+    return None if result is None else damage(result, digest) or Finished(key, result)
+
+
+def _explain_step(
+    project: Project, step: StepName, parts: Ingredients, arguments: Mapping[str, Any]
 ) -> Planned:
-    if step in refresh:
-        return Planned("run", "asked for with --refresh")
     past = records(project.home, step)
-    if parts.complete:
-        result = read_result(project.results, step, cache_key(step, parts))
-        if result is None:
-            return Planned("run", explain(parts, past))
-        broken = damage(result)
-        return Planned("run", broken) if broken else Planned("cached", "nothing changed")
     # With other params or code than ever before no output of the earlier steps can help.
-    if not any(_could_equal(parts, record.ingredients) for record in past):
+    if parts.complete or not any(_could_equal(parts, record.ingredients) for record in past):
         return Planned("run", explain(parts, past))
-    waiting = [name for name, planned in plan.items() if planned.action != "cached"]
-    return Planned("unknown", f"waits for the output of {waiting[0] if waiting else 'the data'}")
+    pending = (value.step for value in arguments.values() if isinstance(value, Pending))
+    return Planned("unknown", f"waits for the output of {_listed(dict.fromkeys(pending))}")
 
 
 def explain(parts: Ingredients, past: list[Record]) -> str:
-    """Name what differs from the most similar earlier run of the step, old value → new value."""
+    """Name what differs from the most similar earlier run of the step, old value → new value.
+
+    Of equally similar ones it is the newest.
+    """
     if not past:
         return "never ran before"
     changes = min((_changes(record.ingredients, parts) for record in past), key=len)
-    shown = "; ".join(changes[:3])
-    more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return shown + more if shown else "its result is gone"
+    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return "; ".join(changes[:SHOWN]) + more if changes else "its result is gone"
 
 
 def _changes(old: Ingredients, new: Ingredients) -> list[str]:
     changes = []
     for name in sorted({*old.params, *new.params}):
-        before, after = old.params.get(name), new.params.get(name)
-        if before != after:
-            changes.append(f"{name}: {before} → {after}")
+        before, after = old.params.get(name, ABSENT), new.params.get(name, ABSENT)
+        if before != after or type(before) is not type(after):
+            changes.append(f"{name}: {_written(before)} → {_written(after)}")
     for name in sorted({*old.inputs, *new.inputs}):
-        before, after = old.inputs.get(name), new.inputs.get(name)
-        if after is None and name in new.inputs:
-            continue
-        if before != after:
-            changes.append(f"input {name}: {_short(before)} → {_short(after)}")
-    modules = [n for n in {*old.code, *new.code} if old.code.get(n) != new.code.get(n)]
+        pending = name in new.inputs and new.inputs[name] is None
+        if not pending and old.inputs.get(name) != new.inputs.get(name):
+            changes.append(_change_of_input(name, old.inputs.get(name), new.inputs.get(name)))
+    return changes + _changes_of_code(old.code, new.code)
+
+
+def _change_of_input(name: str, before: str | None, after: str | None) -> str:
+    if before is None or after is None:
+        return f"{name}: {'gone' if after is None else 'new'}"
+    return f"{name}: content {before[:8]} → {after[:8]}"
+
+
+def _changes_of_code(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """One change for all source files, so that a new checkout does not drown a param's."""
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    libraries = [name for name in names if not _is_digest(old.get(name) or new[name])]
+    changes = [f"{name}: {old.get(name, 'none')} → {new.get(name, 'none')}" for name in libraries]
+    modules = [name for name in names if name not in libraries]
     if modules:
-        changes.append(
-            f"code: {', '.join(sorted(modules)[:3])}" + (" …" if len(modules) > 3 else "")
-        )
+        changes.append(f"source of {_listed([_module(name, old, new) for name in modules])}")
     return changes
+
+
+def _module(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    if name not in old or name not in new:
+        return f"{name} ({'new' if name in new else 'gone'})"
+    return f"{name} ({old[name][:8]} → {new[name][:8]})"
 
 
 def _could_equal(parts: Ingredients, other: Ingredients) -> bool:
@@ -101,5 +157,17 @@ def _could_equal(parts: Ingredients, other: Ingredients) -> bool:
     )
 
 
-def _short(digest: str | None) -> str:
-    return digest[:8] if digest else "none"
+def _is_digest(value: str) -> bool:
+    return len(value) == 64
+
+
+def _written(value: object) -> str:
+    """A param as YAML has it."""
+    if value is ABSENT:
+        return "absent"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:SHOWN])
+    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown

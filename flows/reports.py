@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from flows.headline import estimates, headline
 from flows.summary import RunSummary
 from plumbline.project import Project
 from plumbline.refs import StepResult
@@ -30,6 +31,7 @@ def read_samples(evaluation: StepResult) -> list[dict[str, object]]:
 
 def write_report(project: Project, summary: RunSummary, results: dict[str, StepResult]) -> None:
     """Write figures, report.md and summary.json to the run's folder, all at once or not at all."""
+    assert summary.report is not None
     folder = Path(summary.report)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
@@ -40,6 +42,7 @@ def write_report(project: Project, summary: RunSummary, results: dict[str, StepR
     (aside / "summary.json").write_text(summary.model_dump_json(indent=1) + "\n")
     (aside / "report.md").write_text(markdown(summary))
     aside.rename(folder)
+    assert summary.mlflow_run_id is not None
     for path in sorted(folder.iterdir()):
         tracking.log_file(summary.mlflow_run_id, path)
 
@@ -64,42 +67,6 @@ def markdown(summary: RunSummary) -> str:
     return "\n".join(lines) + "\n"
 
 
-def estimates(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """The comparisons that have a 95% interval: label, and "estimate [low, high]"."""
-    names = {
-        "win rate over SFT": "eval/win_rate",
-        "gain in the reward model's score": "eval/score_gain",
-        "gain in the gold score": "eval/gold_gain",
-        "gain in the judge's score": "eval/judge_gain",
-        "reward-model accuracy": "reward_model/accuracy",
-        "judge's accuracy": "judge/accuracy",
-    }
-    shown = []
-    for label, name in names.items():
-        if name in metrics:
-            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-            shown.append((label, f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"))
-    return shown
-
-
 def _cell(text: object) -> str:
     """A text in a cell of a Markdown table."""
     return str(text).replace("|", "\\|").replace("\n", "<br>")
-
-
-def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
-    """The metrics in which the two models are compared: label, SFT's value, policy's value."""
-    rows = {
-        "reward-model score": "score",
-        "gold score": "gold",
-        "judge's score": "judge",
-        "KL to SFT (nats a response)": "kl",
-        "length (tokens)": "length_mean",
-        "distinct-1": "distinct_1",
-        "distinct-2": "distinct_2",
-    }
-    return [
-        (label, metrics[f"eval/sft/{key}"], metrics[f"eval/policy/{key}"])
-        for label, key in rows.items()
-        if f"eval/sft/{key}" in metrics
-    ]

@@ -24,13 +24,14 @@ class RunSummary(BaseModel):
 
     experiment: str
     data: dict[str, str]
-    mlflow_run_id: str
-    prefect_flow_run_id: str
+    mlflow_run_id: str | None
+    """None where nothing was to do, and no run was made."""
+    prefect_flow_run_id: str | None
     seconds: float
     steps: dict[str, StepSummary]
     metrics: dict[str, float]
-    report: str
-    """Folder of the run's figures and summary."""
+    report: str | None
+    """Folder of the run's figures and summary; None where no run was made."""
     samples: list[dict[str, Any]]
     """Rows of the evaluation's table."""
     registered: dict[str, str]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from plumbline.data.halves import JUDGE_HALF, REWARD_MODEL_HALF
-from plumbline.params.schema import Experiment, ScratchModel, StepName, steps_of
+from plumbline.params.schema import Experiment, ModelParams, ScratchModel, StepName, steps_of
 
 SEED_OF_THE_JUDGE = 1_000_003
 """Added to the experiment's seed, so that the judge shares no randomness with the reward model."""
@@ -20,7 +20,14 @@ Arguments = dict[str, Any]
 
 
 def _prepare_data(p: Experiment, r: Results) -> Arguments:
-    return {"data": r["data"], "params": p.data, "model": p.model}
+    return {"data": r["data"], "params": p.data, "model": _as_tokenizer(p.model)}
+
+
+def _as_tokenizer(model: ModelParams) -> ModelParams:
+    """The params less those that no tokenizer depends on: another width leaves the data alone."""
+    if isinstance(model, ScratchModel):
+        return ScratchModel(vocab_size=model.vocab_size)
+    return model
 
 
 def _base_model(p: Experiment, r: Results) -> Arguments:
@@ -29,7 +36,7 @@ def _base_model(p: Experiment, r: Results) -> Arguments:
     return {
         "params": p.model,
         "seed": p.seed,
-        "max_new_tokens": p.sampling.response_tokens,
+        "max_new_tokens": p.data.max_response_tokens,
         "demonstrations": r["prepare_data"].demonstrations.train if scratch else None,
     }
 
@@ -39,7 +46,8 @@ def _sft(p: Experiment, r: Results) -> Arguments:
         "params": p.sft,
         "precision": p.precision,
         "seed": p.seed,
-        "max_new_tokens": p.sampling.response_tokens,
+        # As long as the answers it learns from; that RL samples longer ones does not concern it.
+        "max_new_tokens": p.data.max_response_tokens,
         "base_model": r["base_model"],
         "demonstrations": r["prepare_data"].demonstrations,
     }

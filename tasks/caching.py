@@ -7,6 +7,7 @@ from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 
 from plumbline.params.schema import StepName
+from tasks.faults import RETRY_DELAYS, can_retry
 from tasks.keys import cache_key, ingredients
 
 NOT_IN_THE_KEY = ("run",)
@@ -33,5 +34,8 @@ step_options: dict[str, Any] = {
     "cache_policy": StepCache(),
     "persist_result": True,
     "result_serializer": "json",
+    "retries": len(RETRY_DELAYS),
+    "retry_delay_seconds": [*RETRY_DELAYS],
+    "retry_condition_fn": can_retry,
 }
 """Options of every step's task."""

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,25 @@ def dir_hash(hashes: dict[str, str]) -> str:
 
 def pinned_hashes(root: Path, pin: str) -> dict[str, str] | None:
     """md5 of each file of the pinned version; None where neither cache nor store has the list."""
-    name = Path("files", "md5", pin[:2], pin[2:])
+    path = next(_stored(root, pin), None)
+    if path is None:
+        return None
+    return {row["relpath"]: row["md5"] for row in json.loads(path.read_bytes())}
+
+
+def _stored(root: Path, md5: str) -> Iterator[Path]:
+    """Where DVC keeps the content of this md5, as far as it is on this machine."""
     for store in (root / ".dvc" / "cache", root / ".dvc-store"):
-        if (store / name).is_file():
-            return {row["relpath"]: row["md5"] for row in json.loads((store / name).read_bytes())}
-    return None
+        path = store / "files" / "md5" / md5[:2] / md5[2:]
+        if path.is_file():
+            yield path
 
 
 def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> DataVersion:
     """The version of the data set at `path` (data/NAME), verified against data.dvc.
+
+    A process verifies a pinned version once: that the files are edited later, while it runs, is no
+    fault, since it reads copies of the pinned ones (`snapshot`).
 
     Raises:
         DataError: the path is not below data/, the folder is missing, or the files are not the
@@ -71,19 +83,77 @@ def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> Data
     if len(relative.parts) < 2:
         raise DataError(f"data.path: expected data/NAME, got {path!r}")
     pin = read_pin(root)
-    hashes = file_hashes(root / "data")
-    if (dirty := dir_hash(hashes) != pin) and not allow_dirty:
-        raise DataError(_how_it_differs(root, pin, hashes))
-    if not (root / relative).is_dir():
+    dirty = False
+    try:
+        hashes = _verified(root, pin)
+    except _Differs as error:
+        if not allow_dirty:
+            raise DataError(_how_it_differs(root, pin, error.hashes)) from None
+        hashes, dirty = error.hashes, True
+    prefix = relative.relative_to("data").as_posix() + "/"
+    files = {name[len(prefix) :]: md5 for name, md5 in hashes.items() if name.startswith(prefix)}
+    if not files:
         there = sorted({name.partition("/")[0] for name in hashes})
         raise DataError(
             f"There is no data set at {path}; data/ holds {', '.join(there) or 'nothing'}. "
             "Set data.path to one of these, import a data set with `plumbline data import`, or put "
             "your own there and run `dvc add data`."
         )
-    prefix = relative.relative_to("data").as_posix() + "/"
-    files = {name[len(prefix) :]: md5 for name, md5 in hashes.items() if name.startswith(prefix)}
-    return DataVersion(digest=dir_hash(files), path=path, rev=pin, files=files, dirty=dirty)
+    name = relative.as_posix()
+    return DataVersion(digest=dir_hash(files), path=name, rev=pin, files=files, dirty=dirty)
+
+
+class _Differs(Exception):
+    """data/ is not what data.dvc pins."""
+
+    def __init__(self, hashes: dict[str, str]) -> None:
+        super().__init__()
+        self.hashes = hashes
+
+
+@cache
+def _verified(root: Path, pin: str) -> dict[str, str]:
+    """The hashes of data/, which must be the pinned ones; what differs is looked at each time."""
+    hashes = file_hashes(root / "data")
+    if dir_hash(hashes) != pin:
+        raise _Differs(hashes)
+    return hashes
+
+
+def snapshot(root: Path, data: DataVersion, folder: Path) -> Path:
+    """Copy the files of a version into `folder`, each verified as it is copied; returns the copy.
+
+    A file that was edited meanwhile is taken from DVC's cache.
+
+    Raises:
+        DataError: DVC's cache does not have it, either.
+    """
+    copy = folder / data.path
+    copy.mkdir(parents=True)
+    for name, md5 in data.files.items():
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sources = (root / data.path / name, *_stored(root, md5))
+        if not any(_copy(source, target) == md5 for source in sources):
+            raise DataError(
+                f"{data.path}/{name} was edited while the run started, and DVC's cache does not "
+                f"have it as it was: expected md5 {md5}. Run again, on the data as it is now."
+            )
+    return copy
+
+
+def _copy(source: Path, target: Path) -> str | None:
+    """Copy a file; returns the md5 of the bytes that were written, None if it can't be read."""
+    digest = hashlib.md5()
+    try:
+        reading = source.open("rb")
+    except OSError:
+        return None
+    with reading, target.open("wb") as writing:
+        while chunk := reading.read(2**20):
+            digest.update(chunk)
+            writing.write(chunk)
+    return digest.hexdigest()
 
 
 def pull_missing(root: Path) -> bool:
@@ -95,9 +165,13 @@ def pull_missing(root: Path) -> bool:
         DataError: the remote does not have them, or what it has is damaged.
     """
     pin = read_pin(root)
-    hashes = file_hashes(root / "data")
+    try:
+        _verified(root, pin)
+        return False
+    except _Differs as error:
+        hashes = error.hashes
     pinned = pinned_hashes(root, pin)
-    if dir_hash(hashes) == pin or (pinned is not None and set(pinned) <= set(hashes)):
+    if pinned is not None and set(pinned) <= set(hashes):
         return False
     if pinned is not None and any(
         pinned.get(name) not in (None, md5) for name, md5 in hashes.items()

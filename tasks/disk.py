@@ -19,14 +19,31 @@ def check_room(home: Path, experiment: Experiment, root: Path) -> None:
     Raises:
         MachineError: they don't.
     """
-    models = MODELS_WRITTEN + experiment.evaluate.judge
+    models = MODELS_WRITTEN + experiment.evaluate.judge + checkpointed_models(experiment)
     needed = models * model_bytes(experiment, root) + SPARE
     free = shutil.disk_usage(home).free
     if free < needed:
         raise MachineError(
-            f"{home}: expected {needed / 2**30:.2f} GiB free for the models of this run, got "
-            f"{free / 2**30:.2f} GiB. Make room, or set PLUMBLINE_HOME to a folder on another disk."
+            f"{home}: expected {needed / 2**30:.2f} GiB free for the models and checkpoints of "
+            f"this run, got {free / 2**30:.2f} GiB. Make room, lower checkpoints.keep, or set "
+            "PLUMBLINE_HOME to a folder on another disk."
         )
+
+
+def checkpointed_models(experiment: Experiment) -> int:
+    """How many times the size of a model the checkpoints of the largest step take at once.
+
+    Each has the trained weights and AdamW's two moments, and one more is written before the oldest
+    goes. An adapter's are too small to count.
+    """
+    reinforced = experiment.alignment.method == "rl"
+    aligned = experiment.rl if reinforced else experiment.dpo
+    networks = 0 if aligned.lora.enabled else 1
+    if reinforced and networks and experiment.rl.algorithm == "ppo":
+        networks += experiment.rl.critic == "reward_model"
+    for section in (experiment.sft, experiment.reward_model):
+        networks = max(networks, not section.lora.enabled)
+    return 3 * networks * (experiment.checkpoints.keep + 1)
 
 
 def model_bytes(experiment: Experiment, root: Path) -> int:

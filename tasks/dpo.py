@@ -17,6 +17,7 @@ from plumbline.training.lora import add_adapter
 from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.checkpoints import step_checkpoints
 from tasks.pictures import publish_image
 from tasks.progress import progress_bar
 
@@ -49,6 +50,7 @@ def dpo(
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
+        tracked.tag({"precision": resolved})
         pad, rows = encoder.pad_token_id, params.micro_batch_size
         policy = load_lm(model_store.model_folder(sft)).to(device).eval()
         # The policy is still the reference: no second model is needed.
@@ -67,6 +69,7 @@ def dpo(
         train_dpo(
             policy, train, reference, params,
             pad_token_id=pad, seed=seed, precision=resolved, log=log, progress=progress,
+            checkpoints=step_checkpoints(run, tracked),
         )  # fmt: skip
         with autocast(device, resolved):
             metrics = held_out_metrics(policy, test, held_out_reference, params, pad)

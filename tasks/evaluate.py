@@ -115,6 +115,7 @@ def evaluate(
             mlflow_run_id=tracked.run_id,
             metrics=metrics,
             figures=tracked.figures,
+            figure_digests=tracked.figure_digests,
             seconds=tracked.seconds,
         )
 

@@ -6,19 +6,19 @@ Imports neither Prefect nor MLflow nor torch, so that a plan needs none of them.
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from plumbline.artifacts import DigestCache
 from plumbline.errors import ParamsError
-from plumbline.functions import split_name
+from plumbline.models.gguf import gguf_path
 from plumbline.params.loader import flatten
-from plumbline.params.schema import Params, StepName
-from plumbline.project import find_project
+from plumbline.params.schema import GGUFModel, LocalModel, Params, StepName
+from plumbline.project import Project, find_project
 from plumbline.refs import DataVersion, Ref, SplitRef
+from tasks.sources import code_fingerprint, function_fingerprint
 
 SECTIONS: dict[StepName, str] = {
     "prepare_data": "data",
@@ -27,6 +27,12 @@ SECTIONS: dict[StepName, str] = {
     "register": "registry",
 }
 """The params section of a step, where it is not called like the step."""
+
+NOT_READ: dict[StepName, tuple[str, ...]] = {
+    # The flow points the alias, also where the step comes from the cache.
+    "register": ("registry.alias",),
+}
+"""Params of its section that a step does not read."""
 
 
 class Pending(NamedTuple):
@@ -46,9 +52,9 @@ class Ingredients(NamedTuple):
     params: dict[str, Any]
     """Dotted params to their values."""
     inputs: dict[str, str | None]
-    """Input artifacts to their digests; None where the input is pending."""
+    """Input artifacts and files to their digests; None where the input is pending."""
     code: dict[str, str]
-    """Modules that the step can reach to the sha256 of their source."""
+    """Modules that the step can reach to the sha256 of their source; libraries to versions."""
 
     @property
     def complete(self) -> bool:
@@ -57,7 +63,11 @@ class Ingredients(NamedTuple):
 
 
 def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
-    """Sort a step's arguments into params and inputs, and add the code it reaches."""
+    """Sort a step's arguments into params and inputs, and add the code it reaches.
+
+    Raises:
+        ParamsError: a function or a model that the params name is not there.
+    """
     params: dict[str, Any] = {}
     inputs: dict[str, str | None] = {}
     code = dict(code_fingerprint(f"tasks.{step}"))
@@ -66,7 +76,7 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
             case Pending():
                 inputs[name] = None
             case DataVersion():
-                inputs |= {f"{name}/{file}": md5 for file, md5 in value.files.items()}
+                inputs |= {f"{value.path}/{file}": md5 for file, md5 in value.files.items()}
             case SplitRef():
                 inputs |= {f"{name}/train": value.train.digest, f"{name}/test": value.test.digest}
             case Ref():
@@ -75,11 +85,15 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
                 # A step's own section under the name that the user knows it by.
                 section = SECTIONS.get(step, step)
                 params |= flatten(value, section if name == "params" else name)
+                if isinstance(value, LocalModel | GGUFModel):
+                    inputs |= model_files(value, find_project(), weights=step == "base_model")
                 if isinstance(value, Params):
                     for function in value.functions():
                         code |= function_fingerprint(function)
             case _:
                 params[name] = value
+    for name in NOT_READ.get(step, ()):
+        params.pop(name, None)
     return Ingredients(params, inputs, code)
 
 
@@ -89,45 +103,39 @@ def cache_key(step: StepName, parts: Ingredients) -> str:
     return f"{step}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
 
 
-@cache
-def code_fingerprint(module: str) -> dict[str, str]:
-    """The source digest of each module in the import closure of `module`, inside the project.
+def digest_cache(project: Project) -> DigestCache:
+    """The digests of files that were hashed before and have not been touched since."""
+    return DigestCache(project.home / "digests.json")
 
-    Packages above a module count too, since importing it runs them.
+
+def model_files(
+    model: LocalModel | GGUFModel, project: Project, *, weights: bool
+) -> dict[str, str | None]:
+    """sha256 of a local model's files, by their path as the params put it.
+
+    Hidden files are left out, and so are the weights if they are not asked for; of a GGUF file the
+    tokenizer is a part like any other.
+
+    Raises:
+        ParamsError: there is no such model.
     """
-    reached = {module, *_import_graph().find_upstream_modules(module)}
-    for name in tuple(reached):
-        while "." in name:
-            name = name.rpartition(".")[0]
-            reached.add(name)
-    return {name: _source_digest(name) for name in sorted(reached)}
+    if isinstance(model, GGUFModel):
+        files = {f"{model.package or model.path}/{model.file}": gguf_path(model, project.root)}
+    else:
+        folder = project.root / model.path
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        files = {f"{model.path}/{name}": folder / name for name in names if _is_read(name, weights)}
+        if not files:
+            raise ParamsError(
+                "model.path: expected a folder with config.json, model.safetensors and the "
+                f"tokenizer's files, as save_pretrained writes them; got {folder} without any"
+            )
+    digest = digest_cache(project)
+    digests = {name: digest(path) for name, path in files.items() if path.is_file()}
+    digest.save()
+    return dict(digests)
 
 
-def function_fingerprint(function: str) -> dict[str, str]:
-    """The code of a function that the params name; outside the project, of its module alone."""
-    module, _ = split_name(function)
-    try:
-        found = find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        raise ParamsError(f"{function}: expected a function of a module that can be imported")
-    if module.partition(".")[0] in ("tasks", "plumbline"):
-        return code_fingerprint(module)
-    return {module: _source_digest(module)}
-
-
-@cache
-def _import_graph() -> Any:
-    import grimp
-
-    folder = find_project().home / "imports"
-    return grimp.build_graph("tasks", "plumbline", cache_dir=str(folder))
-
-
-@cache
-def _source_digest(module: str) -> str:
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"no source for {module}: expected a Python file")
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+def _is_read(name: str, weights: bool) -> bool:
+    hidden = any(part.startswith(".") for part in Path(name).parts)
+    return not hidden and (weights or not name.endswith(".safetensors"))

@@ -18,15 +18,13 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, Schema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plumbline.artifacts import new_folder, write_manifest
 from plumbline.errors import ParamsError, TrainingError
 from plumbline.models.load import load_lm
-from plumbline.refs import ModelRef, folder_digest
+from plumbline.refs import ModelRef
 from plumbline.training.lora import load_merged, save_adapter
-from tasks.records import MODEL_PARTS, local_path
+from tasks.records import ADAPTED, content_digest, local_path
 from tasks.tracking import StepRun, client, open_uri
-
-ADAPTED = "adapted_model.json"
-"""File beside an adapter that says where the model is that it changes."""
 
 
 def log_model(
@@ -91,7 +89,7 @@ def _log(
     try:
         with _model_folder(logged.artifact_location, logged.model_id) as folder:
             save(folder, logged)
-            digest = folder_digest(folder, MODEL_PARTS)
+            digest = content_digest(write_manifest(folder))
     except BaseException as error:
         _discard_model(logged)
         if isinstance(error, OSError) or "No space" in str(error):
@@ -110,6 +108,7 @@ def _log(
         mlflow_model_id=logged.model_id,
         metrics=dict(metrics),
         figures=tracked.figures,
+        figure_digests=tracked.figure_digests,
         seconds=tracked.seconds,
     )
 
@@ -183,14 +182,16 @@ def tokenizer_folder(model: ModelRef) -> Path:
 
 @contextlib.contextmanager
 def _model_folder(location: str, model_id: str) -> Iterator[Path]:
-    """The folder to save a logged model in: its own place, or one that is sent there afterwards."""
+    """The folder to save a logged model in, which comes to its place whole or not at all."""
     path = local_path(location)
     if path is not None:
-        yield path
+        with new_folder(path) as folder:
+            yield folder
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder, "model")
-        client().log_model_artifacts(model_id, str(Path(folder, "model")))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        yield folder
+        client().log_model_artifacts(model_id, str(folder))
 
 
 def _discard_model(logged: Any) -> None:
@@ -198,7 +199,7 @@ def _discard_model(logged: Any) -> None:
     client().finalize_logged_model(logged.model_id, "FAILED")
     path = local_path(logged.artifact_location)
     if path is not None:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _save_model(

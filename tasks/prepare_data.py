@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.artifacts import create_table_artifact
 
+from plumbline.artifacts import write_manifest
 from plumbline.data.formats import Failure
 from plumbline.data.prepare import prepare
 from plumbline.data.validation import InvalidData, failures_table
@@ -16,6 +17,7 @@ from plumbline.project import find_project
 from plumbline.refs import DataRef, DataVersion, PreparedData, SplitRef, file_digest
 from tasks import tracking
 from tasks.caching import step_options
+from tasks.data_version import snapshot
 from tasks.validation import limits_of, token_counter
 
 ROWS_OF_THE_ARTIFACT = 200
@@ -36,7 +38,7 @@ def prepare_data(
         out = Path(temporary, "prepared")
         try:
             prepared = prepare(
-                project.root / data.path,
+                snapshot(project.root, data, Path(temporary)),
                 out,
                 test_fraction=params.test_fraction,
                 on_invalid=params.on_invalid,
@@ -49,6 +51,7 @@ def prepare_data(
             raise
         if prepared.failures:
             _report(tracked, prepared.failures)
+        write_manifest(out)
         uri = tracked.folder(out, "prepared")
         tables = {
             name: SplitRef(
@@ -73,6 +76,7 @@ def prepare_data(
             mlflow_run_id=tracked.run_id,
             metrics=metrics,
             figures=tracked.figures,
+            figure_digests=tracked.figure_digests,
             seconds=tracked.seconds,
             **tables,
         )

@@ -51,6 +51,11 @@ def show_warning(text: str) -> None:
     Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def show_note(text: str) -> None:
+    """Say on the terminal, above any bar, what goes on."""
+    Console(stderr=True).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(step: str, unit: str) -> Iterator[Report]:
     """Show the progress of a step; yields what the step calls with the work done and all of it."""

@@ -2,20 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
+from plumbline.artifacts import Fault, Hasher, file_fault, read_manifest
 from plumbline.params.schema import StepName
 from plumbline.refs import (
     EvaluationRef,
+    FileDigest,
     ModelRef,
     PreparedData,
     RegistrationRef,
     StepResult,
     file_digest,
     folder_digest,
+    listing_digest,
 )
 from tasks.keys import Ingredients
 
@@ -41,8 +44,16 @@ SERIALIZER = {
 }
 """What Prefect notes of its JSON serializer in each record."""
 
+DECODED = {"__class__", "__exc_type__"}
+"""Keys by which Prefect's JSON names what it shall import."""
+
 MODEL_PARTS = ("model", "adapter", "components")
 """Folders of a logged model that are its content; beside them stand run ids and times."""
+
+_CONTENT = tuple(f"{part}/" for part in MODEL_PARTS)
+
+ADAPTED = "adapted_model.json"
+"""File beside an adapter that says where the model is that it changes."""
 
 
 class Record(NamedTuple):
@@ -62,33 +73,92 @@ def read_result(results: Path, step: StepName, key: str) -> StepResult | None:
     try:
         record = json.loads((results / key).read_bytes())
         serializer = record["metadata"]["serializer"]
-        if any(serializer.get(name, value) != value for name, value in SERIALIZER.items()):
+        if serializer.get("type") != "json" or any(
+            serializer.get(name, value) != value for name, value in SERIALIZER.items()
+        ):
             return None
         stored = record["result"]
         stored = json.loads(stored) if isinstance(stored, str) else stored
         made = RESULT_TYPES[step]
-        if stored["__class__"] != f"{made.__module__}.{made.__name__}":
+        named = f"{made.__module__}.{made.__name__}"
+        if stored["__class__"] != named or _names_code(stored["data"]):
             return None
         return made.model_validate(stored["data"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def damage(result: StepResult) -> str | None:
-    """Why a result's artifacts can't be used any more; None where they are as they were made.
+def _names_code(value: Any) -> bool:
+    """Whether Prefect's decoder would import something for a part of this value."""
+    if isinstance(value, dict):
+        return bool(value.keys() & DECODED) or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))
+
+
+def damage(result: StepResult, hasher: Hasher = file_digest) -> str | None:
+    """Why a result's artifacts can't be used any more; None where they are as they were made."""
+    found = faults(result, hasher)
+    if not found:
+        return None
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{found[0]}{more}"
+
+
+def faults(result: StepResult, hasher: Hasher = file_digest) -> list[Fault]:
+    """All that is wrong with a result's artifacts, its figures and tables included.
 
     Artifacts on a remote store are taken at their word.
+
+    Args:
+        result: of a step.
+        hasher: gives the sha256 of a file, `DigestCache` where hashing everything would be slow.
     """
-    match result:
-        case PreparedData():
-            tables = (result.demonstrations, result.preferences, result.prompts, result.ratings)
-            refs = [ref for table in tables if table for ref in (table.train, table.test)]
-            broken = next(filter(None, (_file_damage(ref.uri, ref.digest) for ref in refs)), None)
-        case EvaluationRef():
-            broken = _file_damage(result.uri, result.digest)
-        case _:
-            broken = _model_damage(result.uri, result.digest)
-    return broken or next(filter(None, map(_absence, result.figures.values())), None)
+    found = [file_fault(path, known, hasher) for path, known in _files(result).items()]
+    model: list[Fault] = []
+    if not isinstance(result, PreparedData | EvaluationRef):
+        folder = local_path(result.uri)
+        model = model_faults(folder, result.digest, hasher) if folder else []
+    return [*model, *(fault for fault in found if fault)]
+
+
+def content_digest(manifest: Mapping[str, FileDigest]) -> str:
+    """The digest of a logged model, by its manifest: `folder_digest` over `MODEL_PARTS`."""
+    return listing_digest(
+        {name: file.sha256 for name, file in manifest.items() if name.startswith(_CONTENT)}
+    )
+
+
+def model_faults(folder: Path, digest: str, hasher: Hasher = file_digest) -> list[Fault]:
+    """What is wrong with a logged model of this digest.
+
+    The digest decides, and the manifest says which file it is; what stands beside the content must
+    be there, but MLflow's own functions may rewrite it, and leave files of theirs.
+    """
+    if not folder.is_dir():
+        return [Fault(folder, "is gone", "a folder", "none")]
+    manifest = read_manifest(folder)
+    content = {name for name in manifest if name.startswith(_CONTENT)}
+    if content_digest(manifest) != digest:
+        got = folder_digest(folder, MODEL_PARTS)
+        what = "does not match its digest"
+        return [] if got == digest else [Fault(folder, what, f"sha256 {digest}", got)]
+    expected: dict[str, FileDigest | None] = {
+        name: file if name in content or name == ADAPTED else None
+        for name, file in manifest.items()
+    }
+    broken = [file_fault(folder / name, file, hasher) for name, file in expected.items()]
+    added = [
+        Fault(path, "was added", "no such file", "one")
+        for part in MODEL_PARTS
+        for path in sorted((folder / part).rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in content
+    ]
+    return [*(fault for fault in broken if fault), *added]
+
+
+def step_of(key: str) -> StepName | None:
+    """The step that a cache key belongs to; None where it is none."""
+    return next((step for step in RESULT_TYPES if key.startswith(f"{step}-")), None)
 
 
 def local_path(uri: str) -> Path | None:
@@ -123,22 +193,32 @@ def _records(home: Path, step: StepName) -> Iterator[Record]:
             continue
 
 
-def _file_damage(uri: str, digest: str) -> str | None:
-    path = local_path(uri)
-    if path is None or not path.is_file():
-        return _absence(uri)
-    return None if file_digest(path) == digest else f"{path} does not match its digest"
+def _files(result: StepResult) -> dict[Path, FileDigest | str | None]:
+    """The files on this machine that a result names, a model's own aside, and what they must be."""
+    files: dict[Path, FileDigest | str | None] = {
+        path: result.figure_digests.get(name)
+        for name, uri in result.figures.items()
+        if (path := local_path(uri))
+    }
+    if isinstance(result, PreparedData) and (folder := local_path(result.uri)):
+        files |= {folder / name: file for name, file in read_manifest(folder).items()}
+    for uri, digest in _pinned(result):
+        path = local_path(uri)
+        if path is not None:
+            known = files.get(path)
+            exact = isinstance(known, FileDigest) and known.sha256 == digest
+            files[path] = known if exact else digest
+    return files
 
 
-def _model_damage(uri: str, digest: str) -> str | None:
-    folder = local_path(uri)
-    if folder is None or not folder.is_dir():
-        return _absence(uri)
-    if folder_digest(folder, MODEL_PARTS) != digest:
-        return f"{folder} does not match its digest"
-    return None
-
-
-def _absence(uri: str) -> str | None:
-    path = local_path(uri)
-    return None if path is None or path.exists() else f"{path} is gone"
+def _pinned(result: StepResult) -> Iterator[tuple[str, str]]:
+    """URIs of files to the digests that later steps are keyed by."""
+    match result:
+        case EvaluationRef():
+            yield result.uri, result.digest
+        case PreparedData():
+            for table in (
+                result.demonstrations, result.preferences, result.prompts, result.ratings,
+            ):  # fmt: skip
+                if table is not None:
+                    yield from ((ref.uri, ref.digest) for ref in (table.train, table.test))

@@ -18,6 +18,7 @@ from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.reward_model import Row, normalise_on, train_reward_model
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.checkpoints import step_checkpoints
 from tasks.progress import progress_bar
 
 
@@ -60,11 +61,13 @@ def reward_model(
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
+        tracked.tag({"precision": resolved})
         model = scalar_model_from_lm(model_store.model_folder(sft), seed).to(device)
         train_reward_model(
             model, train, params,
             pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
             log=tracked.log, progress=progress, prefix=step,
+            checkpoints=step_checkpoints(run, tracked),
         )  # fmt: skip
         with autocast(device, resolved):
             normalisation = normalise_on(

@@ -23,6 +23,7 @@ from plumbline.training.precision import resolve_precision
 from plumbline.training.rl import train_rl
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.checkpoints import step_checkpoints
 from tasks.pictures import publish_image
 from tasks.progress import progress_bar
 
@@ -54,6 +55,8 @@ def rl(
         encoder = ChatEncoder(tokenizer)
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "training")
         device = training_device()
+        resolved = resolve_precision(precision, device)
+        tracked.tag({"precision": resolved})
         models = load_models(
             params,
             model_store.model_folder(sft),
@@ -72,11 +75,12 @@ def rl(
             models,
             read_rows(tracking.open_uri(prompts.uri))["prompt"],
             encoder,
-            Setting(params, sampling, resolve_precision(precision, device)),
+            Setting(params, sampling, resolved),
             seed=seed,
             log=log,
             progress=progress,
             warn=tracked.warn,
+            checkpoints=step_checkpoints(run, tracked),
         )
         tracked.json("history", history)
         title = f"{run.name}: {params.algorithm}, kl_coef {params.kl_coef:g}"

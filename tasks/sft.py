@@ -14,6 +14,7 @@ from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.sft import held_out_loss, train_sft
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.checkpoints import step_checkpoints
 from tasks.progress import progress_bar
 
 
@@ -45,11 +46,12 @@ def sft(
         )  # fmt: skip
         device = training_device()
         resolved = resolve_precision(precision, device)
+        tracked.tag({"precision": resolved})
         model = load_lm(model_store.model_folder(base_model)).to(device)
         train_sft(
             model, train, params,
             pad_token_id=encoder.pad_token_id, seed=seed, precision=resolved,
-            log=tracked.log, progress=progress,
+            log=tracked.log, progress=progress, checkpoints=step_checkpoints(run, tracked),
         )  # fmt: skip
         with autocast(device, resolved):
             loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)

@@ -4,56 +4,64 @@ import contextlib
 import json
 import logging
 import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
-import mlflow.transformers
+import pandas
 import torch
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    RunTag,
-)
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
-from plumbline.refs import StepResult
+from plumbline.artifacts import digest_of
+from plumbline.errors import TrainingError
+from plumbline.params.schema import CheckpointParams
+from plumbline.process import identity
+from plumbline.refs import FileDigest, StepResult
+from tasks.delivery import RunState as RunState
+from tasks.delivery import (
+    close_outbox,
+    dataset_record,
+    deliver,
+    metrics_record,
+    open_outbox,
+)
+from tasks.faults import broken_device, first_line
+from tasks.mlflow_client import client as client
+from tasks.mlflow_client import gave_up, patiently, say_waiting, wait_seconds
 from tasks.progress import show_warning
 from tasks.records import local_path
 
 log = logging.getLogger("plumbline")
 
 EXPERIMENT = "plumbline"
-BUFFERED_POINTS = 20
-BUFFERED_SECONDS = 5.0
-
-RunState = Literal["FINISHED", "FAILED", "KILLED"]
+PROCESS_TAG = "plumbline.process"
+QUIET_SECONDS = 2.0
+"""A wait for MLflow that is shorter is not worth a word."""
 
 
 class PipelineRun(BaseModel):
-    """The MLflow run of a whole pipeline, below which the steps hang theirs."""
+    """The run of a whole pipeline, below which the steps hang theirs; in no cache key."""
 
     model_config = ConfigDict(frozen=True)
 
     mlflow_run_id: str
     experiment_id: str
     name: str
+    key: str = ""
+    """Cache key of the step that is about to run; names the folder of its checkpoints."""
+    checkpoints: CheckpointParams = CheckpointParams()
 
 
 class StepRun:
-    """The MLflow run of one step."""
+    """The MLflow run of one step; what it logs waits in a spool until MLflow takes it."""
 
     def __init__(self, run_id: str, experiment_id: str, step: str) -> None:
         self.run_id = run_id
@@ -61,10 +69,10 @@ class StepRun:
         self.step = step
         self.started = time.perf_counter()
         self.figures: dict[str, str] = {}
+        self.figure_digests: dict[str, FileDigest] = {}
         self.warnings = 0
-        self._points: list[Metric] = []
-        self._pending_calls = 0
-        self._flushed = time.monotonic()
+        self._tables: list[dict[str, str]] = []
+        self._outbox = open_outbox(run_id)
 
     @property
     def seconds(self) -> float:
@@ -72,19 +80,19 @@ class StepRun:
         return time.perf_counter() - self.started
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics of a step (plumbline.training.reporting.Log); written in batches."""
-        now = int(time.time() * 1000)
-        self._points += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._pending_calls += 1
-        waited = time.monotonic() - self._flushed
-        if self._pending_calls >= BUFFERED_POINTS or waited > BUFFERED_SECONDS:
-            self.flush()
+        """Log metrics of a step (plumbline.training.reporting.Log); sent in batches."""
+        self._outbox.put(metrics_record(metrics, step))
 
-    def flush(self) -> None:
-        """Write what waits."""
-        for start in range(0, len(self._points), 1000):
-            client().log_batch(self.run_id, metrics=self._points[start : start + 1000])
-        self._points, self._pending_calls, self._flushed = [], 0, time.monotonic()
+    def settle(self) -> None:
+        """Wait until MLflow has all that was logged.
+
+        Raises:
+            TrainingError: it did not answer in time.
+        """
+        if not self._outbox.settle(QUIET_SECONDS):
+            say_waiting()
+            if not self._outbox.settle(wait_seconds()):
+                raise gave_up()
 
     def warn(self, step: int, name: str, message: str) -> None:
         """Show what looks wrong: in the log, and on the run (plumbline.training.reporting.Warn)."""
@@ -92,11 +100,16 @@ class StepRun:
         # Prefect sends the log to the run's page; the terminal shows the project's own lines only.
         log.warning("%s: %s (%s %d)", name, message, self.step, step)
         show_warning(f"{self.step} {step}: {name}: {message}")
-        tag_run(self.run_id, {f"warning.{name}": f"{step}: {message}"})
+        self.tag({f"warning.{name}": f"{step}: {message}"})
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run."""
+        self._outbox.put({"tags": dict(tags)})
 
     def finals(self, metrics: Mapping[str, float]) -> None:
         """Log the step's final metrics."""
-        _log_metrics(self.run_id, metrics)
+        if metrics:
+            self._outbox.put(metrics_record(metrics))
 
     def figure(self, name: str, figure: Figure) -> bytes:
         """Log a figure as `name`.png; returns the picture."""
@@ -109,8 +122,13 @@ class StepRun:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log rows of the same keys as the table `name`.json, shown in the run's page."""
         columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {"empty": []}
-        client().log_table(self.run_id, columns, f"{name}.json")
-        self.figures[f"{name}.json"] = f"{self.artifact_uri}/{name}.json"
+        # MLflow's own log_table adds to the table of an attempt that it had taken already.
+        self._tables.append({"path": f"{name}.json", "type": "table"})
+        self.tag({"mlflow.loggedArtifacts": json.dumps(self._tables)})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{name}.json")
+            pandas.DataFrame(columns).to_json(path, orient="split", index=False)
+            self.file(path)
 
     def json(self, name: str, value: Any) -> None:
         """Log a JSON value as `name`.json."""
@@ -120,8 +138,10 @@ class StepRun:
             self.file(path)
 
     def file(self, path: Path) -> None:
-        """Log a file under its own name."""
-        client().log_artifact(self.run_id, str(path))
+        """Log a file under its own name; it is there afterwards (raises as `settle`)."""
+        self._outbox.put({}, path)
+        self.settle()
+        self.figure_digests[path.name] = digest_of(path)
         self.figures[path.name] = f"{self.artifact_uri}/{path.name}"
 
     def folder(self, path: Path, name: str) -> str:
@@ -131,7 +151,11 @@ class StepRun:
 
     def dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
         """Note that the step read a data set; digests are cut to the 36 characters MLflow takes."""
-        _log_dataset(self.run_id, name, digest, source, rows, context)
+        self._outbox.put(dataset_record(name, digest, source, rows, context))
+
+    def close(self, state: RunState, error: BaseException | None = None) -> None:
+        """End the run; an MLflow that is away hears of it when it answers, or at the next start."""
+        close_outbox(self._outbox, state, error)
 
     @property
     def artifact_uri(self) -> str:
@@ -140,9 +164,21 @@ class StepRun:
 
 
 def start_pipeline(
-    name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+    name: str,
+    home: Path,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    experiment: Mapping[str, Any] | None = None,
 ) -> PipelineRun:
-    """Open the run of a pipeline, with its params and tags."""
+    """Open the run of a pipeline, with its params and tags.
+
+    Args:
+        name: of the run.
+        home: the project's folder for generated files.
+        params: dotted names to values; MLflow cuts long ones.
+        tags: of the run.
+        experiment: all of the params as JSON, kept as experiment.json.
+    """
     experiment_id = _experiment_id(home)
     hardware = {
         "hardware.cpus": str(os.cpu_count()),
@@ -152,42 +188,51 @@ def start_pipeline(
             for package in ("plumbline", "torch", "transformers", "prefect", "dvc", "mlflow")
         },
     }
-    run = client().create_run(
-        experiment_id, run_name=name, tags={**hardware, **tags, "plumbline.kind": "pipeline"}
+    run_id = _create_run(
+        experiment_id, name, {**hardware, **tags, "plumbline.kind": "pipeline"}, params
     )
-    _log_params(run.info.run_id, params)
-    return PipelineRun(mlflow_run_id=run.info.run_id, experiment_id=experiment_id, name=name)
+    if experiment is not None:
+        client().log_dict(run_id, dict(experiment), "experiment.json")
+    return PipelineRun(mlflow_run_id=run_id, experiment_id=experiment_id, name=name)
 
 
 def end_run(run_id: str, state: RunState, metrics: Mapping[str, float] | None = None) -> None:
-    """Close a run, with its headline metrics."""
+    """Close a run, with its headline metrics; does not wait for an MLflow that is away."""
+    outbox = open_outbox(run_id)
     if metrics:
-        _log_metrics(run_id, metrics)
-    client().set_terminated(run_id, state)
+        outbox.put(metrics_record(metrics))
+    close_outbox(outbox, state)
 
 
 @contextlib.contextmanager
 def step_run(run: PipelineRun, step: str, params: Mapping[str, Any]) -> Iterator[StepRun]:
-    """Open the run of a step below a pipeline's, and close it as its body ends."""
+    """Open the run of a step below a pipeline's, and close it as its body ends.
+
+    Raises:
+        TrainingError: MLflow did not answer in time, or the GPU can't be used any more.
+    """
     tags = {
         "mlflow.parentRunId": run.mlflow_run_id,
         "plumbline.kind": "step",
         "plumbline.step": step,
+        "plumbline.key": run.key,
         "cache.hit": "false",
     }
-    opened = client().create_run(run.experiment_id, run_name=step, tags=tags)
-    tracked = StepRun(opened.info.run_id, run.experiment_id, step)
-    _log_params(tracked.run_id, params)
-    state: RunState = "KILLED"
+    run_id = _create_run(run.experiment_id, step, tags, params)
+    tracked = StepRun(run_id, run.experiment_id, step)
     try:
         yield tracked
-        state = "FINISHED"
-    except Exception:
-        state = "FAILED"
+        tracked.settle()
+    except BaseException as error:
+        tracked.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
+        if broken_device(error):
+            raise TrainingError(
+                f"{step}: the GPU failed ({first_line(error)}). This process can't use it any "
+                "more; run again: training resumes at its last checkpoint. If it happens again, "
+                "look into the GPU's log (nvidia-smi -q, dmesg)."
+            ) from error
         raise
-    finally:
-        tracked.flush()
-        client().set_terminated(tracked.run_id, state)
+    tracked.close("FINISHED")
 
 
 def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
@@ -201,9 +246,9 @@ def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
         "cache.source_run_id": source.mlflow_run_id,
         "mlflow.note.content": f"Cached: made by run {source.mlflow_run_id}.",
     }
-    opened = client().create_run(run.experiment_id, run_name=f"{step} (cached)", tags=tags)
-    run_id = str(opened.info.run_id)
-    _log_metrics(run_id, source.metrics)
+    run_id = _create_run(run.experiment_id, f"{step} (cached)", tags, {})
+    if source.metrics:
+        deliver(client(), run_id, [metrics_record(source.metrics)])
     with contextlib.suppress(MlflowException):
         original = client().get_run(source.mlflow_run_id)
         _log_params(run_id, original.data.params)
@@ -215,12 +260,32 @@ def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
 
 def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags on a run."""
-    client().log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    deliver(client(), run_id, [{"tags": dict(tags)}])
+
+
+def running(home: Path) -> list[tuple[str, str]]:
+    """The runs that MLflow counts as running: their ids, and the processes that opened them."""
+    found: list[tuple[str, str]] = []
+    token: str | None = ""
+    while token is not None:
+        page = client().search_runs(
+            [_experiment_id(home)], "attributes.status = 'RUNNING'", page_token=token or None
+        )
+        found += [(run.info.run_id, run.data.tags.get(PROCESS_TAG, "")) for run in page]
+        token = page.token or None
+    return found
+
+
+def kill_run(run_id: str, why: str) -> None:
+    """Close a run that nobody works on any more."""
+    tag_run(run_id, {"plumbline.killed": why})
+    client().set_terminated(run_id, "KILLED")
 
 
 def log_pipeline_dataset(run: PipelineRun, name: str, digest: str, source: str, rows: int) -> None:
     """Note the data version of a whole pipeline."""
-    _log_dataset(run.mlflow_run_id, name, digest, source, rows, "alignment")
+    record = dataset_record(name, digest, source, rows, "alignment")
+    deliver(client(), run.mlflow_run_id, [record])
 
 
 def log_file(run_id: str, path: Path) -> None:
@@ -230,28 +295,22 @@ def log_file(run_id: str, path: Path) -> None:
 
 def open_uri(uri: str) -> Path:
     """The local path of an artifact, downloaded where it is not on this machine."""
-    return local_path(uri) or Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-
-
-@cache
-def client() -> MlflowClient:
-    """MLflow's client on the project's store."""
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("sqlite:///"):
-        # Readers then don't wait for writers, and writes take half the time.
-        with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
-            database.execute("pragma journal_mode=WAL")
-    return MlflowClient()
+    return local_path(uri) or Path(
+        patiently(lambda: mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    )
 
 
 @cache
 def _experiment_id(home: Path) -> str:
-    found = client().get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return str(found.experiment_id)
     local = mlflow.get_tracking_uri().startswith("sqlite:")
     location = (home / "mlartifacts").as_uri() if local else None
-    return str(client().create_experiment(EXPERIMENT, artifact_location=location))
+    found = client().get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # Another first run may be quicker.
+        with contextlib.suppress(MlflowException):
+            client().create_experiment(EXPERIMENT, artifact_location=location)
+        found = client().get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id)
 
 
 @cache
@@ -259,27 +318,16 @@ def _artifact_uri(run_id: str) -> str:
     return str(client().get_run(run_id).info.artifact_uri)
 
 
-def _log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
-    now = int(time.time() * 1000)
-    points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
-    if points:
-        client().log_batch(run_id, metrics=points)
+def _create_run(
+    experiment_id: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
+) -> str:
+    made = client().create_run(experiment_id, run_name=name, tags={**tags, PROCESS_TAG: identity()})
+    run_id = str(made.info.run_id)
+    _log_params(run_id, params)
+    return run_id
 
 
 def _log_params(run_id: str, params: Mapping[str, Any]) -> None:
     logged = [Param(name, str(value)) for name, value in params.items()]
     for start in range(0, len(logged), 100):
         client().log_batch(run_id, params=logged[start : start + 100])
-
-
-def _log_dataset(run_id: str, name: str, digest: str, source: str, rows: int, context: str) -> None:
-    dataset = Dataset(
-        name=name,
-        digest=digest[:36],
-        source_type="local",
-        source=json.dumps({"uri": source}),
-        profile=json.dumps({"num_rows": rows}),
-    )
-    client().log_inputs(
-        run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-    )

@@ -116,10 +116,10 @@ class SmallProject:
                 raise
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
-    def result(self, command: str, *arguments: str) -> dict[str, Any]:
+    def result(self, command: str, *arguments: str, **env: str) -> dict[str, Any]:
         """Run `plumbline COMMAND tiny ARGUMENTS`, which must work; returns what --json wrote."""
         file = self.root / f"{command}.json"
-        done = self.cli(command, "tiny", "--json", str(file), *arguments)
+        done = self.cli(command, "tiny", "--json", str(file), *arguments, **env)
         assert done.returncode == 0, done.stdout + done.stderr
         value: dict[str, Any] = json.loads(file.read_bytes())
         file.unlink()

@@ -1,7 +1,8 @@
 """What steps hand to each other: small frozen values that name an artifact and its digest."""
 
 import hashlib
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,6 +40,15 @@ class SplitRef(BaseModel):
     test: DataRef
 
 
+class FileDigest(BaseModel):
+    """The content of a file, in short."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    size: int = Field(description="In bytes.")
+
+
 class StepResult(Ref):
     """What every step returns: an artifact, where it was made, and the numbers it was judged by."""
 
@@ -47,6 +57,9 @@ class StepResult(Ref):
     metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics.")
     figures: dict[str, str] = Field(
         default_factory=dict, description="URIs of the step's figures and tables, by file name."
+    )
+    figure_digests: dict[str, FileDigest] = Field(
+        default_factory=dict, description="Their contents, by the same names."
     )
     seconds: float = Field(0.0, description="Wall time of making it.")
 
@@ -85,8 +98,14 @@ def file_digest(path: Path) -> str:
 
 def folder_digest(folder: Path, parts: tuple[str, ...] = ("",)) -> str:
     """sha256 over the names and the contents of the files in some parts of a folder."""
-    files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
-    listing = "".join(
-        f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files
+    files = (path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    return listing_digest(
+        {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     )
+
+
+def listing_digest(files: Mapping[str, str]) -> str:
+    """sha256 over the names and the contents of files: relative paths to the sha256 of each."""
+    names = sorted(files, key=PurePosixPath)
+    listing = "".join(f"{files[name]}  {name}\n" for name in names)
     return hashlib.sha256(listing.encode()).hexdigest()

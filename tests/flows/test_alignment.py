@@ -412,7 +412,8 @@ def test_a_damaged_model_is_made_again_and_can_be_loaded(trained, client):
     done = project.cli("run", "tiny", "--json", str(target))
 
     assert done.returncode == 0, done.stderr
-    assert "does not match its digest; the step runs again" in done.stderr
+    assert f"{weights} does not match its digest" in done.stderr
+    assert "; the step runs again" in done.stderr
     result = json.loads(target.read_bytes())
     assert "rl" in ran(result)
     # The same bytes came out again, so what was made of them still holds.
@@ -436,7 +437,7 @@ def test_a_changed_prompt_runs_rl_but_not_the_trainings_before_it(copy):
     result = copy.result("run")
 
     assert (plan["prepare_data"]["action"], plan["rl"]["action"]) == ("run", "unknown")
-    assert "data/prompts.jsonl" in plan["prepare_data"]["because"]
+    assert "data/sample/prompts.jsonl" in plan["prepare_data"]["because"]
     assert ran(result) == ("prepare_data", *AFTER_RL)
 
 

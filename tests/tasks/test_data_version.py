@@ -18,6 +18,7 @@ from tasks.data_version import (
     pinned_hashes,
     pull_missing,
     read_pin,
+    snapshot,
     status,
 )
 
@@ -120,6 +121,88 @@ def test_an_edit_that_is_allowed_is_noted(project):
 
 def test_allowing_an_edit_does_not_make_one(project):
     assert not current_version(project.root, "data/sample", allow_dirty=True).dirty
+
+
+def test_a_process_verifies_a_pinned_version_once(project):
+    before = current_version(project.root, "data/sample")
+    (project.data / "prompts.jsonl").write_text("edited while a run goes on")
+
+    assert current_version(project.root, "data/sample") == before
+    assert current_version(project.root, "data/sample", allow_dirty=True) == before
+    project.dvc("add", "data")
+    after = current_version(project.root, "data/sample")
+    assert after.rev == read_pin(project.root) != before.rev
+    assert after.files["prompts.jsonl"] != before.files["prompts.jsonl"]
+
+
+# Private copies.
+
+
+def test_a_snapshot_is_the_version_and_nothing_else(project, tmp_path):
+    version = current_version(project.root, "data/sample")
+    (project.data / "new.jsonl").write_text("not of that version")
+
+    copy = snapshot(project.root, version, tmp_path)
+
+    assert copy == tmp_path / "data" / "sample"
+    assert file_hashes(copy) == version.files
+
+
+def test_files_in_folders_are_copied_too(project, tmp_path):
+    (project.data / "more").mkdir()
+    (project.data / "more" / "ä b.jsonl").write_text("x")
+    project.dvc("add", "data")
+    version = current_version(project.root, "data/sample")
+
+    assert file_hashes(snapshot(project.root, version, tmp_path)) == version.files
+
+
+@pytest.mark.parametrize("lost", ["", ".dvc/cache", ".dvc-store"])
+@pytest.mark.parametrize("edit", ["edited", "emptied", "removed", "a folder"])
+def test_a_file_that_was_edited_meanwhile_comes_from_dvc(project, tmp_path, edit, lost):
+    version = current_version(project.root, "data/sample")
+    path = project.data / "prompts.jsonl"
+    path.unlink()
+    if edit == "a folder":
+        path.mkdir()
+    elif edit != "removed":
+        path.write_text("" if edit == "emptied" else "my work")
+    if lost:
+        shutil.rmtree(project.root / lost)
+
+    assert file_hashes(snapshot(project.root, version, tmp_path)) == version.files
+    assert path.is_dir() == (edit == "a folder")
+    assert edit != "edited" or path.read_text() == "my work"
+
+
+def test_a_damaged_cache_is_not_taken(project, tmp_path):
+    version = current_version(project.root, "data/sample")
+    (project.data / "prompts.jsonl").write_text("my work")
+    for path in objects(project, ".dvc/cache"):
+        path.chmod(0o644)
+        path.write_bytes(b"other bytes")
+
+    assert file_hashes(snapshot(project.root, version, tmp_path)) == version.files
+
+
+def test_without_the_bytes_a_snapshot_is_an_error_that_names_the_file(project, tmp_path):
+    version = current_version(project.root, "data/sample")
+    (project.data / "prompts.jsonl").write_text("my work")
+    shutil.rmtree(project.root / ".dvc" / "cache")
+    shutil.rmtree(project.root / ".dvc-store")
+
+    with pytest.raises(DataError, match=r"data/sample/prompts\.jsonl was edited while the run"):
+        snapshot(project.root, version, tmp_path)
+
+
+def test_a_dirty_version_that_is_edited_again_is_an_error(project, tmp_path):
+    (project.data / "prompts.jsonl").write_text("my work")
+    version = current_version(project.root, "data/sample", allow_dirty=True)
+    assert file_hashes(snapshot(project.root, version, tmp_path / "1")) == version.files
+    (project.data / "prompts.jsonl").write_text("more work")
+
+    with pytest.raises(DataError, match="Run again, on the data as it is now"):
+        snapshot(project.root, version, tmp_path / "2")
 
 
 @pytest.mark.parametrize(

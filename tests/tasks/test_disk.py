@@ -17,7 +17,7 @@ from plumbline.params.schema import (
     LocalModel,
     ScratchModel,
 )
-from tasks.disk import MODELS_WRITTEN, SPARE, check_room, model_bytes
+from tasks.disk import MODELS_WRITTEN, SPARE, check_room, checkpointed_models, model_bytes
 
 LARGE = Experiment(model=ScratchModel(hidden_size=4096, layers=32, heads=32, vocab_size=32000))
 
@@ -32,7 +32,9 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(monkeypatch, tmp_p
     with pytest.raises(MachineError) as error:
         check_room(tmp_path, LARGE, tmp_path)
 
-    needed = (MODELS_WRITTEN * model_bytes(LARGE, tmp_path) + SPARE) / 2**30
+    # Policy and critic, each with two moments, in three checkpoints.
+    models = MODELS_WRITTEN + 2 * 3 * 3
+    needed = (models * model_bytes(LARGE, tmp_path) + SPARE) / 2**30
     assert f"expected {needed:.2f} GiB free" in str(error.value)
     assert "got 3.00 GiB" in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -40,7 +42,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(monkeypatch, tmp_p
 
 
 def test_just_enough_room_is_enough(monkeypatch, tmp_path):
-    needed = MODELS_WRITTEN * model_bytes(LARGE, tmp_path) + SPARE
+    needed = (MODELS_WRITTEN + 18) * model_bytes(LARGE, tmp_path) + SPARE
 
     leave(monkeypatch, needed)
     check_room(tmp_path, LARGE, tmp_path)
@@ -85,7 +87,7 @@ def test_a_gguf_file_is_counted_in_float32_whatever_it_holds(tmp_path):
 
 
 def test_the_judge_is_one_more_model(monkeypatch, tmp_path):
-    needed = MODELS_WRITTEN * model_bytes(LARGE, tmp_path) + SPARE
+    needed = (MODELS_WRITTEN + 18) * model_bytes(LARGE, tmp_path) + SPARE
     judged = LARGE.model_copy(update={"evaluate": EvaluateParams(judge=True)})
 
     leave(monkeypatch, needed)
@@ -93,3 +95,26 @@ def test_the_judge_is_one_more_model(monkeypatch, tmp_path):
         check_room(tmp_path, judged, tmp_path)
     leave(monkeypatch, needed + model_bytes(LARGE, tmp_path))
     check_room(tmp_path, judged, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("params", "networks"),
+    [
+        ({}, 2),
+        ({"rl": {"critic": "shared"}}, 1),
+        ({"rl": {"algorithm": "grpo"}}, 1),
+        ({"rl": {"lora": {"enabled": True}}}, 1),
+        ({"alignment": {"method": "dpo"}}, 1),
+    ],
+)
+def test_checkpoints_hold_the_trained_networks_of_the_largest_step(params, networks):
+    experiment = Experiment.model_validate({**params, "checkpoints": {"keep": 1}})
+
+    assert checkpointed_models(experiment) == 3 * networks * 2
+
+
+def test_checkpoints_of_adapters_alone_are_not_counted():
+    lora = {"lora": {"enabled": True}}
+    experiment = Experiment.model_validate({"sft": lora, "reward_model": lora, "rl": lora})
+
+    assert checkpointed_models(experiment) == 0

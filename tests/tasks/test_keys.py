@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import plumbline
-from plumbline.params.schema import RLParams, SFTParams
+from plumbline.errors import ParamsError
+from plumbline.params.schema import GGUFModel, LocalModel, RegistryParams, RLParams, SFTParams
+from plumbline.project import Project
 from plumbline.refs import DataRef, DataVersion, ModelRef, SplitRef
-from tasks.keys import Ingredients, Pending, cache_key, code_fingerprint, ingredients
+from tasks import keys
+from tasks.keys import Ingredients, Pending, cache_key, ingredients, model_files
 
 names = st.text("abcdef._/", min_size=1, max_size=8)
 scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
@@ -147,7 +150,7 @@ def test_data_counts_file_by_file_and_not_by_the_version_that_has_it():
 
     parts = ingredients("prepare_data", {"data": data})
 
-    assert parts.inputs == {"data/prompts.jsonl": "p"}
+    assert parts.inputs == {"data/a/prompts.jsonl": "p"}
     assert ingredients("prepare_data", {"data": other}) == parts
 
 
@@ -172,28 +175,105 @@ def test_what_is_part_of_a_pending_result_is_pending():
     assert pending.demonstrations.train.step == "prepare_data"
 
 
-def test_code_is_what_a_step_can_reach_and_no_more():
-    sft, rl = code_fingerprint("tasks.sft"), code_fingerprint("tasks.rl")
+def test_a_param_that_the_step_does_not_read_is_left_out():
+    parts = ingredients("register", {"params": RegistryParams(alias="other")})
 
-    assert {"tasks.sft", "plumbline.training.sft", "plumbline.losses.sft"} <= set(sft)
-    assert "plumbline.losses.policy" in rl
-    assert "plumbline.losses.policy" not in sft
-    assert "tasks.rl" not in sft
-    assert {"tasks", "plumbline", "plumbline.losses"} <= set(sft)
-    assert all(name.split(".")[0] in ("tasks", "plumbline") for name in rl)
+    assert parts.params == {"registry.name": "plumbline-policy", "registry.merge_lora": True}
 
 
-def test_code_counts_by_its_bytes():
-    source = Path(plumbline.__path__[0], "losses", "policy.py").read_bytes()
+# Models on this machine.
 
-    fingerprint = code_fingerprint("tasks.rl")
 
-    assert fingerprint["plumbline.losses.policy"] == hashlib.sha256(source).hexdigest()
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project with a model's folder and a GGUF file, all long untouched."""
+    project = Project(tmp_path, tmp_path / "home")
+    project.home.mkdir()
+    files = ("config.json", "model.safetensors", "more/chat_template.jinja", ".cache/x", ".hidden")
+    for name in (*(f"llm/{file}" for file in files), "gguf/a.gguf"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(keys, "find_project", lambda: project)
+    return project
+
+
+LOCAL = LocalModel(source="local", path="llm")
+GGUF = GGUFModel(source="gguf", path="gguf", file="a.gguf")
+
+
+def key_of(step: Any, model: Any) -> str:
+    arguments = {"params" if step == "base_model" else "model": model}
+    return cache_key(step, ingredients(step, arguments))
+
+
+def test_the_files_of_a_local_model_are_inputs(project):
+    parts = ingredients("base_model", {"params": LOCAL})
+
+    names = ["llm/config.json", "llm/model.safetensors", "llm/more/chat_template.jinja"]
+    assert parts.inputs == {n: hashlib.sha256(n.encode()).hexdigest() for n in names}
+    assert parts.params["model.path"] == "llm"
+
+
+def test_the_file_of_a_gguf_model_is_an_input_for_its_tokenizer_too(project):
+    digest = hashlib.sha256(b"gguf/a.gguf").hexdigest()
+
+    for step, name in (("base_model", "params"), ("prepare_data", "model")):
+        assert ingredients(step, {name: GGUF}).inputs == {"gguf/a.gguf": digest}
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "touched"),
+    [
+        ("llm/config.json", LOCAL, {"base_model", "prepare_data"}),
+        ("llm/model.safetensors", LOCAL, {"base_model"}),
+        ("llm/more/chat_template.jinja", LOCAL, {"base_model", "prepare_data"}),
+        ("llm/.hidden", LOCAL, set()),
+        ("llm/.cache/x", LOCAL, set()),
+        ("gguf/a.gguf", GGUF, {"base_model", "prepare_data"}),
+        ("gguf/a.gguf", LOCAL, set()),
+    ],
+)
+def test_an_edit_of_a_models_file_counts_for_the_steps_that_read_it(project, file, model, touched):
+    steps = ("base_model", "prepare_data")
+    before = {step: key_of(step, model) for step in steps}
+    path = project.root / file
+
+    # Neither a touch nor another inode is an edit.
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert {step: key_of(step, model) for step in steps} == before
+
+    # One byte, with size and time as they were.
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(path, (1e9, 1e9))
+    assert {step for step in steps if key_of(step, model) != before[step]} == touched
+
+    path.write_bytes(content)
+    assert {step: key_of(step, model) for step in steps} == before
+
+
+def test_a_file_that_comes_or_goes_is_an_edit(project):
+    before = key_of("base_model", LOCAL)
+    (project.root / "llm" / "generation_config.json").write_text("{}")
+    more = key_of("base_model", LOCAL)
+    (project.root / "llm" / "generation_config.json").unlink()
+    (project.root / "llm" / "config.json").unlink()
+    less = key_of("base_model", LOCAL)
+
+    assert len({before, more, less}) == 3
+
+
+def test_a_model_that_is_not_there_is_named(project):
+    with pytest.raises(ParamsError, match=r"model\.path: expected a folder .* got .*nowhere"):
+        model_files(LocalModel(source="local", path="nowhere"), project, weights=True)
 
 
 def test_keys_need_no_framework():
     code = (
-        "import sys, tasks.keys, tasks.records;"
+        "import sys, tasks.keys, tasks.records, tasks.sources;"
         "print({'torch', 'prefect', 'mlflow', 'dvc', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -526,6 +526,22 @@ class RegistryParams(Params):
     )
 
 
+class CheckpointParams(Params):
+    """How often a training step saves its state; nothing of it changes a result."""
+
+    every_minutes: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Save when so many minutes have passed since the last checkpoint."
+    )
+    every_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Save after so many optimizer steps, too; in rl sampling a rollout and closing "
+        "it count as one each. null: by time alone.",
+    )
+    keep: Annotated[int, Field(ge=1)] = Field(
+        2, description="Checkpoints of a step that are kept, the newest ones."
+    )
+
+
 class Experiment(Params):
     """Everything an alignment run is made of."""
 
@@ -567,6 +583,9 @@ class Experiment(Params):
     )
     registry: RegistryParams = Field(
         default_factory=lambda: RegistryParams(), description="Step register."
+    )
+    checkpoints: CheckpointParams = Field(
+        default_factory=lambda: CheckpointParams(), description="Checkpoints of every training."
     )
 
     @field_validator("precision", mode="before")

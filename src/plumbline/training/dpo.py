@@ -12,6 +12,7 @@ from plumbline.evaluation.scores import wilson_interval
 from plumbline.losses.dpo import DPOStats, dpo_loss
 from plumbline.ops.logprobs import token_logprobs
 from plumbline.params.schema import DPOParams
+from plumbline.training.checkpoint import Checkpoints, State
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.supervised import fit
@@ -52,11 +53,12 @@ def train_dpo(
     precision: Precision = "fp32",
     log: Log,
     progress: Progress,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train `policy` in place on pairs of responses.
 
     Args:
-        policy: starts as the reference.
+        policy: starts as the reference, also where a checkpoint takes it further.
         rows: the pairs.
         reference: `pair_logprobs` of the rows under the reference policy, so that no second model
             is in memory during the training.
@@ -66,9 +68,10 @@ def train_dpo(
         precision: of the matrix products; that of `reference`, too.
         log: called with the optimizer step and its metrics.
         progress: called with rows done and rows in all.
+        checkpoints: of this training, which goes on from the newest one.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
         ValueError: `reference` is not of these rows.
     """
     if not len(rows) == len(reference.chosen) == len(reference.rejected):
@@ -98,7 +101,7 @@ def train_dpo(
     fit(
         _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
         params, section="dpo", loss=loss, seed=seed, precision=precision, log=log,
-        progress=progress, stats=means.take,
+        progress=progress, stats=means, checkpoints=checkpoints,
     )  # fmt: skip
     policy.eval()
 
@@ -202,7 +205,7 @@ class _Means:
     """Means over the pairs since the last log."""
 
     def __init__(self) -> None:
-        self._parts: list[DPOStats] = []
+        self._parts: list[Sequence[Tensor]] = []
         self._pairs = 0
 
     def add(self, sums: DPOStats, pairs: int) -> None:
@@ -211,9 +214,15 @@ class _Means:
         self._pairs += pairs
 
     def take(self) -> dict[str, float]:
-        totals = torch.stack([torch.stack(part) for part in self._parts]).sum(0) / self._pairs
+        totals = torch.stack([torch.stack([*part]) for part in self._parts]).sum(0) / self._pairs
         self._parts, self._pairs = [], 0
         return {
             f"dpo/{name}": value
             for name, value in zip(DPOStats._fields, totals.tolist(), strict=True)
         }
+
+    def state(self) -> State:
+        return {"parts": list(self._parts), "pairs": self._pairs}
+
+    def restore(self, state: State) -> None:
+        self._parts, self._pairs = state["parts"], state["pairs"]

@@ -57,20 +57,20 @@ class Monitor:
 
     def __init__(self, params: RLParams) -> None:
         self.params = params
-        self._last_seen: dict[str, int] = {}
+        self.last_seen: dict[str, int] = {}
+        """Rollouts until each failure was seen last; a resumed run sets it as it was."""
 
     def watch(self, history: History) -> list[Finding]:
         """The failures that begin with the last rollout; to be called after each one.
 
-        A failure that stays is said once, and again only after it was away for a whole window. A
-        resumed run calls this once with the history that it restored and drops the answer.
+        A failure that stays is said once, and again only after it was away for a whole window.
         """
         began = []
         for finding in find_failures(history, self.params):
-            last = self._last_seen.get(finding.name, -math.inf)
+            last = self.last_seen.get(finding.name, -math.inf)
             if len(history) - last > WINDOW:
                 began.append(finding)
-            self._last_seen[finding.name] = len(history)
+            self.last_seen[finding.name] = len(history)
         return began
 
 

@@ -1,6 +1,9 @@
 """The update of RL: epochs of clipped gradient steps on one rollout."""
 
 import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
 from plumbline.errors import TrainingError
+from plumbline.interruption import uninterrupted
 from plumbline.losses.policy import policy_loss
 from plumbline.losses.value import value_loss
 from plumbline.ops.kl import kl_estimate
@@ -55,6 +59,18 @@ class Optimizer(NamedTuple):
         return cls(adam, schedule)
 
 
+@dataclass
+class Update:
+    """How far the update of a rollout has come."""
+
+    stats: list[dict[str, float]] = field(default_factory=list)
+    """Of each mini-batch that a step was taken on."""
+    order: Tensor | None = None
+    """The rollout's responses as this epoch takes them: int64 [B]."""
+    seconds: float = 0.0
+    """Spent on it."""
+
+
 def update(
     models: Models,
     experience: Experience,
@@ -62,6 +78,8 @@ def update(
     optimizer: Optimizer,
     shuffling: torch.Generator,
     kl_coef: float,
+    done: Update | None = None,
+    commit: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Run the epochs on a rollout; returns the metrics averaged over its mini-batches.
 
@@ -72,28 +90,37 @@ def update(
         optimizer: of all trained weights.
         shuffling: of the mini-batches.
         kl_coef: beta, for a KL penalty in the loss.
+        done: the part of this very update that was done earlier; kept up to date.
+        commit: called after each step, before a signal can interrupt.
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
     """
     params = setting.params
+    done = done or Update()
+    began = time.perf_counter() - done.seconds
     size = len(experience.logprobs)
+    an_epoch = math.ceil(size / params.mini_batch_size)
     planned = params.epochs * (size // params.mini_batch_size)
-    history: list[dict[str, float]] = []
-    taken = 0
-    for _ in range(params.epochs):
-        order = torch.randperm(size, generator=shuffling)
-        for mini_batch in torch.split(order, params.mini_batch_size):
-            stats = _accumulate(models, experience, mini_batch, setting, optimizer, kl_coef)
-            history.append(stats)
-            if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
-                break
+    history = list(done.stats)
+    while len(done.stats) < params.epochs * an_epoch:
+        place = len(done.stats) % an_epoch * params.mini_batch_size
+        if place == 0:
+            done.order = torch.randperm(size, generator=shuffling)
+        assert done.order is not None
+        mini_batch = done.order[place : place + params.mini_batch_size]
+        stats = _accumulate(models, experience, mini_batch, setting, optimizer, kl_coef)
+        history.append(stats)
+        if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
+            break
+        with uninterrupted():
             optimizer.adam.step()
             optimizer.schedule.step()
-            taken += 1
-        else:
-            continue
-        break
+            done.stats.append(stats)
+            done.seconds = time.perf_counter() - began
+            commit()
+    done.seconds = time.perf_counter() - began
+    taken = len(done.stats)
     # Steps that were not taken use up their share of the schedule, which ends with the episodes.
     for _ in range(planned - taken):
         optimizer.schedule.step()

@@ -11,6 +11,7 @@ from plumbline.data.collate import pad_right
 from plumbline.losses.preference import pairwise_loss, pointwise_loss
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
 from plumbline.params.schema import RewardModelParams
+from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.lora import trained_as_adapter
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
@@ -97,6 +98,7 @@ def train_reward_model(
     log: Log,
     progress: Progress,
     prefix: str = "reward_model",
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train the scalar model in place on pairs of responses, or on ratings.
 
@@ -110,9 +112,10 @@ def train_reward_model(
         log: called with the optimizer step and its metrics.
         progress: called with rows done and rows in all.
         prefix: of the metrics' names, `reward_model` or `judge`.
+        checkpoints: of this training, which goes on from the newest one.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
     objective = objective_of(params)
 
@@ -133,7 +136,7 @@ def train_reward_model(
         fit(
             _Scorer(model), rows, collate, params,
             section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
-            progress=progress,
+            progress=progress, checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
 

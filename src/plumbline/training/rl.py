@@ -4,18 +4,19 @@ One loop for all algorithms: they differ in `credit.py` alone, and in whether th
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from plumbline.data.tokenize import ChatEncoder
-from plumbline.ops.kl import AdaptiveKLController, FixedKLController, kl_estimate
+from plumbline.functions import TextScorer
+from plumbline.interruption import uninterrupted
+from plumbline.ops.kl import kl_estimate
 from plumbline.ops.logprobs import token_logprobs
 from plumbline.ops.masked import masked_mean, masked_sum, masked_var
 from plumbline.ops.rewards import token_rewards
-from plumbline.params.schema import RLParams
 from plumbline.rollout.experience import (
     Experience,
     Sequences,
@@ -25,12 +26,14 @@ from plumbline.rollout.experience import (
 )
 from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
+from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
+from plumbline.training.memory import memory_advice
 from plumbline.training.models import Models
-from plumbline.training.monitor import Monitor
-from plumbline.training.policy_update import Optimizer, Setting, critic_values, update
+from plumbline.training.policy_update import Setting, critic_values, update
 from plumbline.training.precision import autocast
 from plumbline.training.reporting import Log, Progress, Warn
+from plumbline.training.rl_state import RLState, Rollout
 from plumbline.training.supervised import checkpointing
 
 
@@ -44,11 +47,15 @@ def train_rl(
     log: Log,
     progress: Progress,
     warn: Warn,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train policy and critic in place, on responses to `prompts`.
 
+    A resumed training first says again what its history says, and then goes on as if it had never
+    stopped.
+
     Args:
-        models: in evaluation mode, on one device.
+        models: in evaluation mode, on one device, as they are before any training.
         prompts: the training prompts, JSON lists of messages.
         encoder: of prompts and responses.
         setting: params, sampling and precision.
@@ -56,109 +63,119 @@ def train_rl(
         log: called after each rollout with the episodes so far and the metrics.
         progress: called after each rollout with the episodes so far.
         warn: called when the monitor sees a known failure begin.
+        checkpoints: of this training, which goes on from the newest one.
 
     Raises:
         ParamsError: a reward function can't be imported.
-        TrainingError: a loss, a gradient or a reward is not finite.
+        TrainingError: a loss, a gradient or a reward is not finite, or the GPU's memory is full.
     """
     params = setting.params
-    device = models.policy.device
     functions = load_rewards(params)
-    sampling = torch.Generator(device).manual_seed(seed)
-    shuffling = torch.Generator().manual_seed(seed)
-    optimizer = Optimizer.of(models, params)
-    controller = make_kl_controller(params)
-    baseline = Baseline(params)
-    monitor = Monitor(params)
+    state = RLState(models, len(prompts), params, seed, checkpoints)
     queries = encoder.prompts(prompts)
-    batches = prompt_batches(len(prompts), params, shuffling)
-    history: list[Mapping[str, float]] = []
+    with (
+        state.keeper.watching(),
+        memory_advice("rl", params.micro_batch_size, params.gradient_checkpointing),
+    ):
+        if state.resume():
+            for row in state.history:
+                log(int(row["episode"]), row)
+            for episode, finding in state.findings:
+                warn(episode, finding.name, finding.message)
+            progress(state.episode, params.episodes)
 
-    for iteration in range(1, params.episodes // params.rollout_batch_size + 1):
-        started = time.perf_counter()
-        batch = next(batches)
-        with torch.no_grad(), autocast(device, setting.precision):
-            # 1. Sample responses from the policy.
-            responses = sample_responses(
-                models.policy,
-                [queries[index] for index in batch],
-                max_tokens=setting.sampling.response_tokens,
-                stop_token_ids=encoder.stop_token_ids,
-                pad_token_id=encoder.pad_token_id,
-                temperature=setting.sampling.temperature,
-                generator=sampling,
-            )
-            sampled = time.perf_counter()
-            # 2. Score them, and turn scores and KL into advantages.
-            sequences = Sequences.join(
-                [queries[index] for index in batch], responses, encoder.pad_token_id
-            )
-            scores = score_responses(
-                models.reward_model,
-                models.judge,
-                functions,
-                sequences,
-                responses.has_eos,
-                [prompts[index] for index in batch],
-                encoder.decode(responses.lists()) if functions else [""] * len(batch),
-                params,
-            )
-            experience, metrics = make_experience(
-                models, sequences, responses, scores, setting, controller.value, baseline
-            )
-        scored = time.perf_counter()
-        learning_rate = float(optimizer.schedule.get_last_lr()[0])
-        # 3. Take the epochs of gradient steps on them.
-        with _less_memory(models) if params.gradient_checkpointing else nullcontext():
-            metrics |= update(models, experience, setting, optimizer, shuffling, controller.value)
-        updated = time.perf_counter()
-        # 4. Let the controller follow the KL.
-        controller.update(metrics["objective/kl"], len(batch))
+        while state.episode < params.episodes:
+            # 1. and 2. Sample responses and score them, unless that was done before.
+            if state.rollout is None:
+                rollout = roll_out(models, prompts, queries, encoder, functions, setting, state)
+                with uninterrupted():
+                    state.rollout = rollout
+                    state.commit()
+            experience, metrics = state.rollout
+            # 3. Take the epochs of gradient steps on them.
+            with _less_memory(models) if params.gradient_checkpointing else nullcontext():
+                metrics = metrics | update(
+                    models, experience, setting, state.optimizer, state.shuffling,
+                    state.controller.value, state.update, state.commit,
+                )  # fmt: skip
+            # 4. Let the controller follow the KL.
+            seconds = state.update.seconds
+            spent = metrics["time/rollout_s"] + metrics["time/score_s"] + seconds
+            metrics |= {
+                "episode": state.episode + params.rollout_batch_size,
+                "perf/episodes_per_s": params.rollout_batch_size / spent,
+                "perf/tokens_per_s": float(experience.sequences.mask.sum()) / spent,
+                "time/update_s": seconds,
+            }
+            with uninterrupted():
+                findings = state.close_rollout(metrics)
+            log(state.episode, metrics)
+            for finding in findings:
+                warn(state.episode, finding.name, finding.message)
+            progress(state.episode, params.episodes)
 
-        episode = iteration * params.rollout_batch_size
-        metrics |= {
-            "episode": episode,
-            "lr": learning_rate,
-            "perf/episodes_per_s": len(batch) / (updated - started),
-            "perf/tokens_per_s": float(sequences.mask.sum()) / (updated - started),
-            "time/rollout_s": sampled - started,
-            "time/score_s": scored - sampled,
-            "time/update_s": updated - scored,
-        }
-        history.append(metrics)
-        log(episode, metrics)
-        for finding in monitor.watch(history):
-            warn(episode, finding.name, finding.message)
-        progress(episode, params.episodes)
+
+@torch.no_grad()
+def roll_out(
+    models: Models,
+    prompts: Sequence[str],
+    queries: Sequence[list[int]],
+    encoder: ChatEncoder,
+    functions: Mapping[str, TextScorer],
+    setting: Setting,
+    state: RLState,
+) -> Rollout:
+    """Let the policy answer the next prompts, and turn what it earned into experience.
+
+    Args:
+        models: the policy samples, the others score.
+        prompts, queries: all of them, as texts and as token ids.
+        encoder: of prompts and responses.
+        functions: the reward functions by their names in `rl.rewards`.
+        setting: params, sampling and precision.
+        state: its next prompts, generator, coefficient and baseline are used.
+    """
+    started = time.perf_counter()
+    batch = next(state.batches)
+    with autocast(models.policy.device, setting.precision):
+        # 1. Sample responses from the policy.
+        responses = sample_responses(
+            models.policy,
+            [queries[index] for index in batch],
+            max_tokens=setting.sampling.response_tokens,
+            stop_token_ids=encoder.stop_token_ids,
+            pad_token_id=encoder.pad_token_id,
+            temperature=setting.sampling.temperature,
+            generator=state.sampling,
+        )
+        sampled = time.perf_counter()
+        # 2. Score them, and turn scores and KL into advantages.
+        sequences = Sequences.join(
+            [queries[index] for index in batch], responses, encoder.pad_token_id
+        )
+        scores = score_responses(
+            models.reward_model,
+            models.judge,
+            functions,
+            sequences,
+            responses.has_eos,
+            [prompts[index] for index in batch],
+            encoder.decode(responses.lists()) if functions else [""] * len(batch),
+            setting.params,
+        )
+        experience, metrics = make_experience(
+            models, sequences, responses, scores, setting, state.controller.value, state.baseline
+        )
+    metrics |= {
+        "lr": float(state.optimizer.schedule.get_last_lr()[0]),
+        "time/rollout_s": sampled - started,
+        "time/score_s": time.perf_counter() - sampled,
+    }
+    return Rollout(experience, metrics)
 
 
 def _less_memory(models: Models) -> AbstractContextManager[None]:
     return checkpointing(*(m for m in (models.policy, models.critic) if m is not None))
-
-
-def make_kl_controller(params: RLParams) -> FixedKLController | AdaptiveKLController:
-    """The controller that the params name."""
-    if params.kl_controller == "adaptive":
-        return AdaptiveKLController(params.kl_coef, params.kl_target, params.kl_horizon)
-    return FixedKLController(params.kl_coef)
-
-
-def prompt_batches(
-    prompts: int, params: RLParams, generator: torch.Generator
-) -> Iterator[list[int]]:
-    """The prompts of each rollout without end, by index, in a fresh random order each pass.
-
-    Where an algorithm compares the responses to a prompt, each prompt stands so many times side by
-    side.
-    """
-    copies = params.responses_per_prompt if params.algorithm in ("rloo", "grpo") else 1
-    size = params.rollout_batch_size // copies
-    order: list[int] = []
-    while True:
-        while len(order) < size:
-            order += torch.randperm(prompts, generator=generator).tolist()
-        yield [index for index in order[:size] for _ in range(copies)]
-        order = order[size:]
 
 
 @torch.no_grad()

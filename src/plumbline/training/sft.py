@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from plumbline.data.collate import sft_batch
 from plumbline.losses.sft import IGNORE, sft_loss
 from plumbline.params.schema import SFTParams
+from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.lora import trained_as_adapter
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
@@ -29,11 +30,12 @@ def train_sft(
     precision: Precision = "fp32",
     log: Log,
     progress: Progress,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Train `model` in place on the demonstrations `rows`.
+    """Train `model` in place on the demonstrations `rows`, from the newest checkpoint on.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
 
     def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -52,6 +54,7 @@ def train_sft(
         fit(
             model, rows, collate, params,
             section="sft", loss=loss, seed=seed, precision=precision, log=log, progress=progress,
+            checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
 

@@ -8,25 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
-from plumbline.errors import TrainingError
 from plumbline.params.schema import SupervisedParams
+from plumbline.training.checkpoint import Checkpoints
+from plumbline.training.memory import memory_advice
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
-
-LOSS_ADVICE = (
-    "expected a finite loss; lower {section}.learning_rate or {section}.max_grad_norm, or look for "
-    "odd rows with `plumbline data check`"
-)
+from plumbline.training.trainer import Listeners, ResumableTrainer, Stats
 
 
 def fit(
@@ -41,9 +30,10 @@ def fit(
     precision: Precision,
     log: Log,
     progress: Progress,
-    stats: Callable[[], Mapping[str, float]] | None = None,
+    stats: Stats | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Train `model` in place on `rows`.
+    """Train `model` in place on `rows`, from the newest checkpoint on where there is one.
 
     Args:
         model: its forward takes what `collate` makes.
@@ -58,9 +48,10 @@ def fit(
         log: called with the optimizer step and its metrics.
         progress: called with rows done and rows in all.
         stats: more metrics, asked for right before each log.
+        checkpoints: of this training; none are kept without them.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)
     with tempfile.TemporaryDirectory() as unused:
@@ -90,18 +81,22 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = Trainer(
+        trainer = ResumableTrainer(
+            listeners=Listeners(section, len(rows) * params.epochs, log, progress, stats),
+            checkpoints=checkpoints,
+            stats=stats,
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=collate,
             compute_loss_func=loss,
-            callbacks=[_Reporter(section, len(rows), params, log, progress, stats)],
         )
-        # It prints to the terminal, which belongs to the progress bars.
-        trainer.remove_callback(PrinterCallback)
-        with checkpointing(model) if params.gradient_checkpointing else nullcontext():
-            trainer.train()
+        with (
+            trainer.keeper.watching(),
+            memory_advice(section, params.micro_batch_size, params.gradient_checkpointing),
+            checkpointing(model) if params.gradient_checkpointing else nullcontext(),
+        ):
+            trainer.fit()
 
 
 @contextmanager
@@ -126,58 +121,3 @@ def checkpointing(*networks: nn.Module) -> Iterator[None]:
             # Enabling hooks into the embeddings, and disabling forgets about it without adapters.
             transformer.disable_input_require_grads()
             transformer.train(mode)
-
-
-class _Reporter(TrainerCallback):
-    """Passes the Trainer's logs on, and stops a training that has lost its way."""
-
-    def __init__(
-        self,
-        section: str,
-        rows: int,
-        params: SupervisedParams,
-        log: Log,
-        progress: Progress,
-        stats: Callable[[], Mapping[str, float]] | None,
-    ) -> None:
-        self.section = section
-        self.rows = rows
-        self.params = params
-        self.log = log
-        self.progress = progress
-        self.stats = stats
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                f"{self.section}: the loss is {logs['loss']} at step {state.global_step}; "
-                + LOSS_ADVICE.format(section=self.section)
-            )
-        self.log(
-            state.global_step,
-            {
-                f"{self.section}/loss": logs["loss"],
-                f"{self.section}/grad_norm": float(logs["grad_norm"]),
-                f"{self.section}/lr": logs["learning_rate"],
-                f"{self.section}/epoch": logs["epoch"],
-                **(self.stats() if self.stats else {}),
-            },
-        )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # The last steps count, too, and a training may be shorter than one interval.
-        control.should_log |= state.global_step == state.max_steps
-        # The last batch of an epoch is shorter than the others.
-        total = self.rows * self.params.epochs
-        self.progress(round(total * state.global_step / state.max_steps), total)

@@ -24,7 +24,8 @@ from plumbline.training.credit import Baseline
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.policy_update import Setting
 from plumbline.training.reporting import ignore_metrics, ignore_progress, ignore_warnings
-from plumbline.training.rl import make_experience, make_kl_controller, prompt_batches, train_rl
+from plumbline.training.rl import make_experience, train_rl
+from plumbline.training.rl_state import PromptBatches, make_kl_controller
 
 MakeSetting = Callable[..., Setting]
 RunRL = Callable[..., list[dict[str, float]]]
@@ -478,7 +479,7 @@ def test_each_pass_uses_every_prompt_once(make_setting: MakeSetting, count: int,
     params = make_setting(
         episodes=size, rollout_batch_size=size, mini_batch_size=size, micro_batch_size=size
     ).params
-    batches = prompt_batches(count, params, torch.Generator().manual_seed(0))
+    batches = PromptBatches(count, params, torch.Generator().manual_seed(0))
     drawn = list(islice((index for batch in batches for index in batch), 5 * count))
     passes = [drawn[start : start + count] for start in range(0, len(drawn), count)]
     assert all(sorted(one) == list(range(count)) for one in passes)
@@ -492,7 +493,7 @@ def test_responses_to_a_prompt_stand_side_by_side(
     make_setting: MakeSetting, algorithm: str, copies: int
 ) -> None:
     params = make_setting(algorithm=algorithm, responses_per_prompt=copies).params
-    batches = prompt_batches(5, params, torch.Generator().manual_seed(0))
+    batches = PromptBatches(5, params, torch.Generator().manual_seed(0))
     drawn = []
     for batch in islice(batches, 5 * copies):
         assert len(batch) == 8

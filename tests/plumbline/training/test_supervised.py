@@ -81,16 +81,24 @@ def test_metrics_are_named_after_the_section() -> None:
 
 
 def test_further_metrics_are_asked_for_at_each_log() -> None:
-    asked: list[int] = []
     logged: list[Metrics] = []
 
-    def stats() -> Metrics:
-        asked.append(len(asked))
-        return {"sft/asked": float(len(asked))}
+    class Asked:
+        times = 0
+
+        def take(self) -> Metrics:
+            self.times += 1
+            return {"sft/asked": float(self.times)}
+
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def restore(self, state: dict[str, Any]) -> None:
+            pass
 
     fit(
         Line(), ROWS, collate, params(), section="sft", loss=squared, seed=0, precision="fp32",
-        log=lambda _, metrics: logged.append(metrics), progress=lambda *_: None, stats=stats,
+        log=lambda _, metrics: logged.append(metrics), progress=lambda *_: None, stats=Asked(),
     )  # fmt: skip
     assert [metrics["sft/asked"] for metrics in logged] == [1, 2]
     assert set(logged[0]) == {"sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch", "sft/asked"}
