@@ -11,7 +11,7 @@ run: $(READY)
 	$(BIN)/plumbline run quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

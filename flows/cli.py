@@ -76,22 +76,31 @@ def run(
         _check_writable(json_file)
         make_home(project.home)
         loaded, data = _verified(project, experiment, overrides, allow_dirty)
-        if not (refresh or record):
-            from flows.up_to_date import up_to_date
+        if not (refresh or record) and (done := _nothing_to_do(project, loaded, data, started)):
+            if json_file:
+                _write_json(json_file, _as_run_json(done))
+            from flows.closing import show_up_to_date
 
-            if (finished := up_to_date(project, loaded, data, started)) is not None:
-                if json_file:
-                    _write_json(json_file, _as_run_json(finished))
-                from flows.closing import show_up_to_date
-
-                show_up_to_date(out, project, finished)
-                return
+            show_up_to_date(out, project, done)
+            return
         _preflight(project, loaded)
         err.print(f"[bold]{experiment}[/bold]: starting Prefect and MLflow …")
         summary = _align(project, experiment, overrides, refresh, allow_dirty)
         if json_file:
             _write_json(json_file, _as_run_json(summary))
         _show_summary(project, summary)
+
+
+def _nothing_to_do(
+    project: Project, loaded: "Loaded", data: "DataVersion", started: float
+) -> "RunSummary | None":
+    from flows.up_to_date import up_to_date
+
+    try:
+        return up_to_date(project, loaded, data, started)
+    except ParamsError:
+        # A key can't be made; the checks before a run say more of the reason.
+        return None
 
 
 def _align(

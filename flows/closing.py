@@ -9,6 +9,7 @@ from rich.text import Text
 
 from flows.environment import database_uri
 from flows.headline import estimates, headline
+from flows.prefect_server import is_own
 from flows.summary import RunSummary
 from plumbline.project import Project
 
@@ -58,7 +59,7 @@ def ui_commands(project: Project) -> dict[str, str]:
     """How to open the UIs on this project's runs: a command, or the address of a running server."""
     tracking = os.environ.get("MLFLOW_TRACKING_URI", database_uri(project.home))
     prefect_home = os.environ.get("PREFECT_HOME", str(project.home / "prefect"))
-    prefect_api = os.environ.get("PREFECT_API_URL")
+    prefect_api = None if is_own() else os.environ.get("PREFECT_API_URL")
     mlflow_command = (
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 "
         f"--backend-store-uri {tracking}   → http://127.0.0.1:5000"

@@ -57,6 +57,11 @@ def join_server(home: Path) -> None:
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
 
 
+def is_own() -> bool:
+    """Whether this process uses the project's own server, which ends with it and has no pages."""
+    return bool(_held)
+
+
 def wait_for_server(home: Path) -> None:
     """Wait until the server answers.
 
@@ -64,7 +69,7 @@ def wait_for_server(home: Path) -> None:
         MachineError: it does not start, or a server that was named can't be reached.
     """
     api = os.environ["PREFECT_API_URL"]
-    own = bool(_held)
+    own = is_own()
     deadline = time.monotonic() + (START_SECONDS if own else 10.0)
     while time.monotonic() < deadline:
         try:

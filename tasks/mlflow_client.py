@@ -8,7 +8,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
@@ -41,7 +41,8 @@ class PatientClient:
     def __init__(self, tracking_uri: str | None = None) -> None:
         uri = tracking_uri or mlflow.get_tracking_uri()
         self._database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-        self.at_once = MlflowClient(tracking_uri=tracking_uri)
+        with _opening(self._database):
+            self.at_once = MlflowClient(tracking_uri=tracking_uri)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.at_once, name)
@@ -63,20 +64,6 @@ class PatientClient:
                 database.execute("begin immediate")
                 database.rollback()
 
-    def open_database(self) -> None:
-        """Make the tables of an SQLite store, if it has none; processes one after the other.
-
-        Two that make them together leave a database that neither can read.
-        """
-        if self._database is None:
-            return
-        with Path(f"{self._database}.opening").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with _connection(self._database) as database:
-                # Readers then don't wait for writers, and writes take half the time.
-                database.execute("pragma journal_mode=WAL")
-            self.at_once.search_experiments(max_results=1)
-
 
 @cache
 def client() -> PatientClient:
@@ -85,9 +72,7 @@ def client() -> PatientClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    made = PatientClient()
-    patiently(made.open_database)
-    return made
+    return patiently(PatientClient)
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -140,6 +125,24 @@ def gave_up(error: Exception | None = None) -> TrainingError:
         "cache, training resumes at its last checkpoint, and what was logged meanwhile is sent. "
         "PLUMBLINE_MLFLOW_WAIT_SECONDS sets how long to wait."
     )
+
+
+@contextlib.contextmanager
+def _opening(database: str | None) -> Iterator[None]:
+    """Let one process at a time open an SQLite store.
+
+    The first one makes its tables; two that make them together fail, or spoil them.
+    """
+    if database is None:
+        yield
+        return
+    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{database}.opening").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _connection(database) as connection:
+            # Readers then don't wait for writers, and writes take half the time.
+            connection.execute("pragma journal_mode=WAL")
+        yield
 
 
 def _connection(database: str) -> contextlib.closing[sqlite3.Connection]:

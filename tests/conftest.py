@@ -240,7 +240,7 @@ class Trained(NamedTuple):
     first: dict[str, Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(make_project: Callable[..., SmallProject], prefect_api: str) -> Trained:
     """A project whose experiment has run once; tests leave its data and its results as they are."""
     project = make_project(prefect_api=prefect_api)

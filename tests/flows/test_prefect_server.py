@@ -41,7 +41,9 @@ class User:
 
     def api(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        said = self.process.stdout.readline().strip()
+        assert said, self.process.communicate(timeout=20)
+        return said
 
     def end(self, number: signal.Signals = signal.SIGKILL) -> None:
         self.process.send_signal(number)

@@ -25,7 +25,11 @@ with step_lock(Path(sys.argv[1]), "sft-1"):
 def holder(home: Path) -> subprocess.Popen[str]:
     """Another process that has the lock of sft-1."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(home)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(home)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background makes its children deaf to SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"

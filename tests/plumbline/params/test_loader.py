@@ -359,7 +359,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
             "zzz: {}",
             [
                 "1: zzz: unknown key; expected one of description, seed, precision, data, model, "
-                "sampling, sft, reward_model, alignment, rl, dpo, evaluate, registry"
+                "sampling, sft, reward_model, alignment, rl, dpo, evaluate, registry, checkpoints"
             ],
         ),
         (

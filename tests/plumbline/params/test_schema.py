@@ -94,6 +94,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "rl.target_kl": ([None, 0.01], [0, -1]),
     "rl.reward_model_weight": ([0, 3], [-0.1]),
     "rl.score_clip": ([None, 0.01], [0, -1]),
+    "checkpoints.every_minutes": ([0.01, 60], [0, -1]),
+    "checkpoints.every_steps": ([None, 1, 1000], [0, -1]),
+    "checkpoints.keep": ([1, 5], [0, -1]),
     "rl.lora.rank": ([1], [0]),
     "rl.lora.alpha": ([0.1], [0, -1.0]),
     "sampling.response_tokens": ([1], [0]),
@@ -192,7 +195,7 @@ def test_every_field_with_a_range_or_a_pattern_is_in_the_tables() -> None:
 
 
 # Numbers that may be left out with null.
-OPTIONAL = {"rl.cliprange_high", "rl.target_kl", "rl.score_clip"}
+OPTIONAL = {"rl.cliprange_high", "rl.target_kl", "rl.score_clip", "checkpoints.every_steps"}
 NUMBERS = [f for f in catalogue().fields if f.expected.startswith(("a number", "an integer"))]
 
 
