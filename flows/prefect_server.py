@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from plumbline.errors import MachineError
+from tasks.templates import copy_template
 
 LINGER_SECONDS = 3.0
 """How long a server waits for the next run before it ends."""
@@ -51,7 +52,10 @@ def join_server(home: Path) -> None:
     starting = os.open(folder / "server.starting", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(starting, fcntl.LOCK_EX)
     try:
-        port = _running_port(folder) or _start(home, folder)
+        port = _running_port(folder)
+        if port is None:
+            copy_template("prefect", folder / "prefect.db")
+            port = _start(home, folder)
     finally:
         os.close(starting)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"

@@ -21,6 +21,7 @@ from plumbline.errors import TrainingError
 from tasks.faults import passing, root_cause
 from tasks.progress import show_warning
 from tasks.spool import PAUSES
+from tasks.templates import copy_template
 
 T = TypeVar("T")
 
@@ -139,6 +140,7 @@ def _opening(database: str | None) -> Iterator[None]:
     Path(database).parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{database}.opening").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        copy_template("mlflow", Path(database))
         with _connection(database) as connection:
             # Readers then don't wait for writers, and writes take half the time.
             connection.execute("pragma journal_mode=WAL")

@@ -33,6 +33,7 @@ WATCHERS = {
     "tasks.progress",
     "tasks.sources",
     "tasks.spool",
+    "tasks.templates",
 }
 """Modules that find, guard or show results and that no result passes through: not in a key."""
 

@@ -16,6 +16,8 @@ USE = """
 import os, sys
 from pathlib import Path
 from flows.prefect_server import join_server, wait_for_server
+from tasks import templates
+templates.FOLDER = Path(os.environ.get("TEMPLATES", templates.FOLDER))
 home = Path(sys.argv[1])
 join_server(home)
 wait_for_server(home)
@@ -90,6 +92,14 @@ def test_two_runs_share_a_server_that_ends_after_the_last_was_killed(tmp_path):
     third = User(tmp_path)
     assert answers(third.api())
     third.end()
+    wait_until(lambda: not servers(tmp_path))
+
+
+def test_a_server_without_a_template_makes_its_database(tmp_path):
+    user = User(tmp_path, TEMPLATES=str(tmp_path / "nowhere"))
+
+    assert answers(user.api())
+    user.end()
     wait_until(lambda: not servers(tmp_path))
 
 
