@@ -27,6 +27,9 @@ import psutil
 STARTING, ENDING = "starting", "ending"
 """Before the first step, and after the last one."""
 
+ELSEWHERE = ("PREFECT_", "MLFLOW_", "DVC_")
+"""Begin variables that would lead a run out of its home."""
+
 
 class Trial(NamedTuple):
     """One kill and what became of it."""
@@ -59,7 +62,7 @@ class Experiment(NamedTuple):
             [*command, "--json", str(result)],
             cwd=self.root,
             env={
-                **os.environ,
+                **{k: v for k, v in os.environ.items() if not k.startswith(ELSEWHERE)},
                 "PLUMBLINE_HOME": str(self.home),
                 "PYTHONPATH": f"{code}/src:{code}",
                 "COLUMNS": "300",

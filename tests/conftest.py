@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine draws slowly, too.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Two threads on matrices of 32 columns only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
