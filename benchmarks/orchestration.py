@@ -249,7 +249,8 @@ class Timer(importlib.abc.MetaPathFinder):
         spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
             return None
-        execute_module = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute_module = loader.exec_module
 
         def wrapped(module: ModuleType) -> None:
             execute_module(module)
@@ -260,7 +261,7 @@ class Timer(importlib.abc.MetaPathFinder):
                 owner: Any = getattr(module, owners[0]) if owners else module
                 setattr(owner, function, self.timed(name, getattr(owner, function)))
 
-        spec.loader.exec_module = wrapped  # type: ignore[method-assign]
+        loader.exec_module = wrapped
         return spec
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -134,11 +134,11 @@ def _locked(error: BaseException) -> bool:
     return _is(error, "sqlite3.OperationalError") and ("locked" in text or "busy" in text)
 
 
-def _status(error: BaseException) -> int:
+def _status(error: Any) -> int:
     """The HTTP status that a server answered with; 0 where none did."""
     # MLflow counts every error of its own, too, as one of the server.
     if _is(error, "mlflow.exceptions.RestException"):
-        return int(error.get_http_status_code())  # type: ignore[attr-defined]
+        return int(error.get_http_status_code())
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 

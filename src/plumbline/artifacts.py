@@ -56,12 +56,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        _sync_folder(aside)
+        sync_folder(aside)
         aside.rename(target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def write_manifest(folder: Path) -> dict[str, FileDigest]:
@@ -173,14 +173,18 @@ def _settled(path: Path) -> bool:
     return time.time() - max(state.st_mtime, state.st_ctime) > SECONDS_UNTIL_SETTLED
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder and all that is in it are on the disk."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    A rename may otherwise outlive the bytes in a power cut.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _from_scratch(e: Experiment) -> bool:
     return isinstance(e.model, ScratchModel)
 
 
-def results(changed: set[str] = frozenset(), noise: int = 0) -> dict[str, Any]:  # type: ignore[assignment]
+def results(changed: Set[str] = frozenset(), noise: int = 0) -> dict[str, Any]:
     """Results of all steps; `noise` changes all of them that is no content."""
 
     def digest(name: str) -> str:

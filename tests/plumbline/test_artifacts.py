@@ -94,7 +94,7 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path):
 def test_files_and_names_are_on_the_disk_before_the_folder_appears(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        artifacts, "_sync", lambda path: synced.append((path, (tmp_path / "model").exists()))
+        artifacts, "sync", lambda path: synced.append((path, (tmp_path / "model").exists()))
     )
 
     with new_folder(tmp_path / "model") as aside:

@@ -1,6 +1,5 @@
 """Checkpoints of a training: its whole state, visible in one instant and verified before use."""
 
-import hashlib
 import json
 import logging
 import os
@@ -16,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plumbline.artifacts import sync, sync_folder
 from plumbline.errors import TrainingError
 from plumbline.interruption import uninterrupted
 from plumbline.params.schema import CheckpointParams
+from plumbline.refs import file_digest
 
 State = dict[str, Any]
 """Dicts with text as keys, lists, numbers, texts and None, with tensors at any depth."""
@@ -117,7 +118,7 @@ class Checkpoints:
             if path.exists():
                 shutil.rmtree(path)
             aside.rename(path)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             kept = self.newest()
             earlier = f"the one at {kept.label} stays" if kept else "there is none before it"
@@ -240,11 +241,9 @@ def _write(folder: Path, place: Place, state: State) -> None:
     values = _without_tensors(state, "", tensors)
     save_file(tensors, folder / TENSORS)
     (folder / VALUES).write_text(json.dumps(values))
-    digests = {name: _digest(folder / name) for name in (TENSORS, VALUES)}
+    digests = {name: file_digest(folder / name) for name in (TENSORS, VALUES)}
     (folder / MANIFEST).write_text(json.dumps({"place": place, "sha256": digests}))
-    for name in (TENSORS, VALUES, MANIFEST):
-        _sync(folder / name)
-    _sync(folder)
+    sync_folder(folder)
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -264,23 +263,9 @@ def _damage(folder: Path) -> str | None:
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             return f"{name} does not match its sha256"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it: a rename may otherwise outlive the bytes in a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

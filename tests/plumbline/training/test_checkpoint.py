@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from plumbline import artifacts
 from plumbline.errors import TrainingError
 from plumbline.params.schema import CheckpointParams
 from plumbline.training import checkpoint
@@ -166,7 +167,8 @@ def test_an_interruption_while_it_is_written_leaves_nothing_half(
         if len(synced) > file:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", interrupted)
+    for module in (artifacts, checkpoint):
+        monkeypatch.setattr(module, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(place(2), state(2))
     assert folders(checkpoints) == ["0000000001"]
@@ -287,7 +289,8 @@ def test_a_second_interruption_does_not_spoil_the_first(
         synced.append(path)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "_sync", impatient)
+    for module in (artifacts, checkpoint):
+        monkeypatch.setattr(module, "sync", impatient)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), keeper.watching():
