@@ -1,6 +1,7 @@
 """Kill an experiment at random instants of every step, re-run it to the end, and compare.
 
-    python benchmarks/chaos.py --kills 30 --home chaos        # prints a table; JSON in chaos.json
+    python benchmarks/chaos.py run --kills 30 --home chaos    # prints a table; JSON in chaos.json
+    python benchmarks/chaos.py table chaos.json more.json     # one table of several such runs
 
 Once undisturbed, then for each kill: the results of one step and of those after it are forgotten,
 the run starts, is killed (SIGKILL) at a random instant of that step, and is run again to its end.
@@ -17,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,35 +84,39 @@ class Experiment(NamedTuple):
 
 
 def main() -> None:
-    """Make the kills and print the table."""
+    """Make the kills, or read what came of them, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--experiment", default="quickstart")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    parser.add_argument("--project", type=Path, default=Path.cwd(), help="the project's folder")
-    parser.add_argument("--home", type=Path, required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--kills", type=int, default=30)
+    run.add_argument("--experiment", default="quickstart")
+    run.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    run.add_argument("--project", type=Path, default=Path.cwd(), help="the project's folder")
+    run.add_argument("--home", type=Path, required=True, help="a new folder")
+    run.add_argument("--seed", type=int, default=0, help="of the instants")
+    commands.add_parser("table").add_argument("files", nargs="+", type=Path)
     asked = parser.parse_args()
 
-    home = asked.home.resolve()
-    experiment = Experiment(asked.project, home, asked.experiment, tuple(asked.settings))
-    trials = chaos(experiment, asked.kills, random.Random(asked.seed))
-    home.with_suffix(".json").write_text(json.dumps([trial._asdict() for trial in trials]))
+    trials = []
+    if asked.command == "run":
+        home = asked.home.resolve()
+        experiment = Experiment(asked.project, home, asked.experiment, tuple(asked.settings))
+        for trial in chaos(experiment, asked.kills, random.Random(asked.seed)):
+            trials.append(trial)
+            home.with_suffix(".json").write_text(json.dumps([each._asdict() for each in trials]))
+            print(f"{len(trials)}/{asked.kills}", trial, file=sys.stderr, flush=True)
+    else:
+        trials = [Trial(**row) for file in asked.files for row in json.loads(file.read_bytes())]
     print(table(trials))
     sys.exit(any(trial.faults for trial in trials))
 
 
-def chaos(experiment: Experiment, kills: int, draw: random.Random) -> list[Trial]:
+def chaos(experiment: Experiment, kills: int, draw: random.Random) -> Iterator[Trial]:
     """Run once undisturbed, then kill and re-run as often as asked."""
     result = experiment.home.with_suffix(".run.json")
     undisturbed = experiment.run(result)
-    steps = undisturbed["steps"]
-    trials = []
-    for number, step in enumerate(_victims(steps, kills)):
-        trial = _trial(experiment, result, undisturbed, step, draw)
-        print(f"{number + 1}/{kills}", trial, file=sys.stderr, flush=True)
-        trials.append(trial)
-    return trials
+    for step in _victims(undisturbed["steps"], kills):
+        yield _trial(experiment, result, undisturbed, step, draw)
 
 
 def _victims(steps: dict[str, Any], kills: int) -> list[str]:

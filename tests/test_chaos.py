@@ -27,7 +27,7 @@ def test_killed_runs_end_as_if_nothing_had_been(make_project, tmp_path, monkeypa
     settings = ("rl.episodes=640", "checkpoints.every_steps=2")
     experiment = chaos.Experiment(project.root, tmp_path / "home", "tiny", settings)
 
-    trials = chaos.chaos(experiment, 3, random.Random(0))
+    trials = list(chaos.chaos(experiment, 3, random.Random(0)))
 
     assert [trial.faults for trial in trials] == [[], [], []], chaos.table(trials)
 
