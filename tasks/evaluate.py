@@ -23,6 +23,7 @@ from plumbline.models.scalar_head import load_scalar_model
 from plumbline.params.schema import EvaluateParams, SamplingParams, reward_name
 from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest
 from plumbline.training.device import training_device
+from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
@@ -61,7 +62,11 @@ def evaluate(
         )
         gold = load_function(params.gold, "evaluate.gold") if params.gold else None
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
-        with autocast(device, resolve_precision(precision, device)):
+        ways = [f"lower evaluate.batch_size, which is {params.batch_size}"]
+        with (
+            memory_advice("evaluate", ways if params.batch_size > 1 else []),
+            autocast(device, resolve_precision(precision, device)),
+        ):
             sft_answers, policy_answers = (
                 answer(
                     model, reference, scorer, encoder, held_out, drawn, params, gold, progress,

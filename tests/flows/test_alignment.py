@@ -401,6 +401,21 @@ def test_a_step_that_is_asked_for_runs_alone(trained):
     assert result["metrics"] == trained.first["metrics"]
 
 
+def test_an_evaluation_that_fills_the_gpu_names_the_field_to_lower(trained, tmp_path):
+    (tmp_path / "full.py").write_text(
+        "import torch\n\n\ndef gold(prompt, response):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+    )
+
+    done = trained.project.cli(
+        "run", "tiny", "--set", "evaluate.gold=full:gold", PYTHONPATH=str(tmp_path)
+    )
+
+    assert done.returncode == 1
+    assert "evaluate: the GPU's memory is full (CUDA out of memory.). To go on" in done.stderr
+    assert "lower evaluate.batch_size, which is 128" in done.stderr
+
+
 def test_a_damaged_model_is_made_again_and_can_be_loaded(trained, client):
     project = trained.project
     weights = policy_weights()

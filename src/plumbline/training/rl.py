@@ -28,7 +28,7 @@ from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
-from plumbline.training.memory import memory_advice
+from plumbline.training.memory import memory_advice, training_ways
 from plumbline.training.models import Models
 from plumbline.training.policy_update import Setting, critic_values, update
 from plumbline.training.precision import autocast
@@ -73,10 +73,8 @@ def train_rl(
     functions = load_rewards(params)
     state = RLState(models, len(prompts), params, seed, checkpoints)
     queries = encoder.prompts(prompts)
-    with (
-        state.keeper.watching(),
-        memory_advice("rl", params.micro_batch_size, params.gradient_checkpointing),
-    ):
+    ways = training_ways("rl", params.micro_batch_size, params.gradient_checkpointing)
+    with state.keeper.watching(), memory_advice("rl", [*ways]):
         if state.resume():
             for row in state.history:
                 log(int(row["episode"]), row)

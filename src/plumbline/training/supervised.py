@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from plumbline.params.schema import SupervisedParams
 from plumbline.training.checkpoint import Checkpoints
-from plumbline.training.memory import memory_advice
+from plumbline.training.memory import memory_advice, training_ways
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.trainer import Listeners, ResumableTrainer, Stats
@@ -91,9 +91,10 @@ def fit(
             data_collator=collate,
             compute_loss_func=loss,
         )
+        ways = training_ways(section, params.micro_batch_size, params.gradient_checkpointing)
         with (
             trainer.keeper.watching(),
-            memory_advice(section, params.micro_batch_size, params.gradient_checkpointing),
+            memory_advice(section, [*ways]),
             checkpointing(model) if params.gradient_checkpointing else nullcontext(),
         ):
             trainer.fit()
