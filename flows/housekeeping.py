@@ -29,7 +29,7 @@ RUN_ID = re.compile(r"[0-9a-f]{32}")
 UNREFERRED = "no kept run refers to it"
 UNKNOWN = "MLflow does not know it"
 
-Kind = Literal["record", "version", "model", "files", "checkpoints", "leftover"]
+Kind = Literal["record", "version", "model", "files", "checkpoints", "reproduction", "leftover"]
 
 
 class Waste(NamedTuple):
@@ -87,6 +87,7 @@ def find_waste(
         *_models(models, stored, kept),
         *_files_of_runs(files, stored, kept, orphans_only=keep_last is None),
         *_checkpoints(project, results, kept, orphans_only=keep_last is None),
+        *_reproductions(project, stored, kept, orphans_only=keep_last is None),
         *_leftovers(project, results),
     ]
     return [one._replace(size=sum(map(_size, one.paths))) for one in waste]
@@ -175,7 +176,7 @@ def _kept(
         run.run_id: run.status for run in pipelines if run.started >= oldest or run.run_id in alive
     }
     steps = [run for run in stored.runs if run.parent in recent or run.status == "RUNNING"]
-    runs = {name for run in steps for name in (run.run_id, run.source)}
+    runs = {*recent, *(name for run in steps for name in (run.run_id, run.source))}
     models = _models_of_runs(stored, recent)
     models |= {one.model_id for one in stored.versions if one.aliases or keep_last is None}
     # Nobody knows which results a live run will ask for next.
@@ -270,6 +271,25 @@ def _checkpoints(
         elif not orphans_only and _changed(folder) < kept.oldest:
             why = "nobody went on from it since the kept runs began"
             yield Waste("checkpoints", folder.name, why, (folder,), folder.name)
+
+
+def _reproductions(
+    project: Project, stored: Inventory, kept: Kept, *, orphans_only: bool
+) -> Iterator[Waste]:
+    """What `plumbline reproduce` has left: one that differed, was asked to stay, or broke off."""
+    known = {run.run_id for run in stored.runs}
+    for folder in _inside(project.home / "reproduce"):
+        # Where that did not end, a process may have begun to remove the folder under another name.
+        if not RUN_ID.fullmatch(folder.name):
+            if _left(folder):
+                name = _shown(project.home, folder)
+                yield Waste("leftover", name, "a process left it half-removed", (folder,))
+            continue
+        lock = f"reproduce-{folder.name}"
+        if folder.name not in known:
+            yield Waste("reproduction", folder.name, UNKNOWN, (folder,), lock)
+        elif not orphans_only and folder.name not in kept.runs:
+            yield Waste("reproduction", folder.name, "its run is not kept", (folder,), lock)
 
 
 def _leftovers(project: Project, results: Mapping[str, StepResult | None]) -> Iterator[Waste]:

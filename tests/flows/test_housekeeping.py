@@ -437,6 +437,24 @@ def test_what_an_interrupted_run_had_finished_stays_while_it_is_younger(project,
     assert found["checkpoints", "rl-2"] == "nobody went on from it since the kept runs began"
 
 
+def test_reproductions_go_with_their_runs(project, store):
+    old, new = store.pipeline(), store.pipeline()
+    folder = project.home / "reproduce"
+    for name in (old, new, "0" * 32, f".{old}-4711"):
+        (folder / name / "project").mkdir(parents=True)
+
+    assert listed(find_waste(project)) == {("reproduction", "0" * 32): "MLflow does not know it"}
+    found = listed(find_waste(project, 1))
+    assert found["reproduction", old] == "its run is not kept"
+    assert ("reproduction", new) not in found
+    grow_old(folder / f".{old}-4711")
+    with step_lock(project.home, f"reproduce-{old}"):
+        collect(project, 1, delete=True)
+        assert {path.name for path in folder.iterdir()} == {old, new}
+    collect(project, 1, delete=True)
+    assert [path.name for path in folder.iterdir()] == [new]
+
+
 def test_a_result_whose_step_is_at_work_is_left_alone(project, store):
     old = store.step(store.pipeline(), "rl-1")
     store.step(store.pipeline(), "rl-2")
