@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from prefect import flow, runtime
+from prefect.context import TagsContext
 
 from flows.reports import read_samples, write_report
 from flows.stopping import cancellable
@@ -161,9 +162,11 @@ def _run_steps(
             fresh = name in refresh or not _is_made(project, name, key, digests)
             # Before the result, which a kill may leave alone: a plan explains by them.
             write_ingredients(project.home, key, parts)
-            state = TASKS[name].with_options(refresh_cache=fresh)(
-                **arguments, run=own, return_state=True
-            )
+            # The flow run's tags on a task would be names of limits, each asked of the server.
+            with TagsContext(current_tags=set()):
+                state = TASKS[name].with_options(refresh_cache=fresh)(
+                    **arguments, run=own, return_state=True
+                )
             results[name] = state.result()
             ran = state.name != "Cached"
             discard_checkpoints(project.home, key)

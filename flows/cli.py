@@ -4,6 +4,7 @@ Frameworks are imported inside the commands, so that `--help` and `plan` stay qu
 """
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -117,11 +118,12 @@ def _align(
     # Before the imports, so that an edit in between is seen.
     read_sources()
     # The server starts beside these imports, which take as long.
-    from prefect import tags
+    with _uncollected():
+        from prefect import tags
 
-    from flows.alignment import align
-    from flows.stopping import confirm_cancellation
-    from tasks.bookkeeping import process_tag
+        from flows.alignment import align
+        from flows.stopping import confirm_cancellation
+        from tasks.bookkeeping import process_tag
 
     wait_for_server(project.home)
     try:
@@ -129,6 +131,17 @@ def _align(
             return align(experiment, list(overrides), cast(list[StepName], refresh), allow_dirty)
     finally:
         confirm_cancellation()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import inside: modules stay, and to look for garbage in them takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @app.command()
