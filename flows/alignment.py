@@ -20,6 +20,7 @@ from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 from plumbline.refs import DataVersion, RegistrationRef, StepResult
+from plumbline.training.memory import release_memory
 from tasks import model_store, tracking
 from tasks.aliases import note_version
 from tasks.base_model import base_model
@@ -172,6 +173,7 @@ def _run_steps(
             discard_checkpoints(project.home, key)
             # Under the lock, so that what a run refers to is known before it can be collected.
             if ran:
+                release_memory()
                 run_id = results[name].mlflow_run_id
                 tracking.tag_run(run_id, {"plumbline.digest": results[name].digest})
             else:
