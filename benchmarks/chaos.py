@@ -3,8 +3,9 @@
     python benchmarks/chaos.py run --kills 30 --home chaos    # prints a table; JSON in chaos.json
     python benchmarks/chaos.py table chaos.json more.json     # one table of several such runs
 
-Once undisturbed, then for each kill: the results of one step and of those after it are forgotten,
-the run starts, is killed (SIGKILL) at a random instant of that step, and is run again to its end.
+Once undisturbed, then for each kill: the result of one step is forgotten (those of all steps, for
+a kill before the first one), the run starts, is killed (SIGKILL) at a random instant of that step,
+and is run again to its end.
 Then every digest must be that of the undisturbed run, no step whose result was there may have run
 again, and no lock, no checkpoint, no process and no RUNNING run may be left. Exit code 1 if not.
 """
@@ -134,7 +135,7 @@ def _trial(
     draw: random.Random,
 ) -> Trial:
     steps = undisturbed["steps"]
-    forget = [*steps][[*steps].index(step) :] if step in steps else [*steps] * (step == STARTING)
+    forget = {STARTING: [*steps], ENDING: []}.get(step, [step])
     seconds = steps[step]["seconds"] if step in steps else 5.0
     while True:
         for name in forget:
