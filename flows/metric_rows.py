@@ -115,7 +115,7 @@ def _row(
         better=metric.better,
         digits=metric.digits,
         values=values,
-        best=_best(known, metric.better) if comparable and metric.better else [],
+        best=_best(known, metric) if comparable else [],
     )
 
 
@@ -126,13 +126,13 @@ def _estimate(metrics: dict[str, float], name: str) -> Estimate | None:
     return Estimate(value=metrics[name], low=low, high=high)
 
 
-def _best(values: dict[str, float], better: Literal["higher", "lower"]) -> list[str]:
-    """The marks of the best value; none where all have it, or there is nothing to compare."""
-    finite = {mark: value for mark, value in values.items() if math.isfinite(value)}
-    if len(set(finite.values())) < 2:
+def _best(values: dict[str, float], metric: Metric) -> list[str]:
+    """The marks of the best value as it is shown; none where all have it, or none is better."""
+    shown = {mark: round(v, metric.digits) for mark, v in values.items() if math.isfinite(v)}
+    if metric.better is None or len(set(shown.values())) < 2:
         return []
-    best = max(finite.values()) if better == "higher" else min(finite.values())
-    return [mark for mark, value in finite.items() if value == best]
+    best = max(shown.values()) if metric.better == "higher" else min(shown.values())
+    return [mark for mark, value in shown.items() if value == best]
 
 
 def _scales(run: PastRun) -> dict[str, Any]:
