@@ -1,4 +1,4 @@
-"""The command line: `plumbline run`, `plan`, `reproduce`, `experiments`, `data`, `chat`.
+"""The command line: `plumbline run`, `plan`, `compare`, `reproduce`, `data`, `chat` and more.
 
 Frameworks are imported inside the commands, so that `--help` and `plan` stay quick.
 """
@@ -329,6 +329,47 @@ def collect_garbage(
         out.print(waste_table(collect(project, keep_last, delete=delete)))
         if not delete:
             out.print("Nothing was removed; [bold]--delete[/bold] removes what is listed.")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            show_default=False,
+            help="Up to 8 finished runs, each by MLflow's id, the beginning of it, or its name; "
+            "without any, the 5 newest.",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", metavar="FOLDER", help="Write the report there instead of .plumbline/reports/."
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Lay finished runs side by side: metrics, what differs, reward against KL, samples."""
+    with _errors_as_exit_codes():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.choosing import choose_runs
+        from flows.comparing import compare_runs, curves, read_run
+        from flows.comparison_pages import report_folder, show, write_report
+        from plumbline.evaluation.frontier import frontier
+
+        folder = report_folder(project, to)
+        if not runs:
+            err.print("[dim]No run was named; the newest finished ones are compared.[/dim]")
+        reads = [read_run(run) for run in choose_runs(runs or ())]
+        found = compare_runs(reads)
+        write_report(found, frontier(curves(reads), "Reward against KL"), folder)
+        if json_file:
+            _write_json(json_file, {**json.loads(found.model_dump_json()), "folder": str(folder)})
+        show(out, found)
+        out.print(f"Report and figure: {folder}", soft_wrap=True, highlight=False)
 
 
 @app.command()

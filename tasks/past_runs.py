@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.mlflow_client import PatientClient, client
 from tasks.tracking import EXPERIMENT, open_uri
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
+ID_PREFIX = re.compile(r"[0-9a-f]{1,32}")
+PIPELINE = "tags.`plumbline.kind` = 'pipeline'"
 
 
 class PastStep(NamedTuple):
@@ -18,6 +21,10 @@ class PastStep(NamedTuple):
     """Cache key; None where it was not noted."""
     digest: str | None
     """Digest of what it made; None where the run that made it is gone."""
+    made_by: str = ""
+    """The run that made it: `run_id`, unless the step was cached."""
+    datasets: tuple[tuple[str, str], ...] = ()
+    """The data sets that it read: "name (context)" and digest."""
 
 
 class PastRun(NamedTuple):
@@ -51,31 +58,77 @@ def find_run(run_id: str, store: str | None = None) -> PastRun | None:
 
 def last_pipelines(count: int, store: str | None = None) -> list[PastRun]:
     """The newest finished pipeline runs, newest first, without their steps."""
-    finished = "tags.`plumbline.kind` = 'pipeline' and attributes.status = 'FINISHED'"
-    return [_bare(run) for run in _search(_client(store), finished)[:count]]
+    finished = f"{PIPELINE} and attributes.status = 'FINISHED'"
+    return [_bare(run) for run in _search(_client(store), finished, count)]
+
+
+def pipelines_named(name: str) -> list[PastRun]:
+    """The pipeline runs of this name, finished or not, newest first, without their steps."""
+    # MLflow's filters know no escapes.
+    if "'" in name:
+        return []
+    found = _search(client(), f"{PIPELINE} and attributes.run_name = '{name}'")
+    return [_bare(run) for run in found]
+
+
+def pipelines_beginning(prefix: str) -> list[PastRun]:
+    """The pipeline runs, finished or not, whose ids begin so, newest first, without their steps."""
+    if not ID_PREFIX.fullmatch(prefix):
+        return []
+    found = _search(client(), f"{PIPELINE} and attributes.run_id LIKE '{prefix}%'")
+    return [_bare(run) for run in found]
 
 
 def resolved_experiment(run: PastRun) -> dict[str, Any] | None:
     """The whole experiment that a run of this project's store ran; None where it keeps none."""
-    names = {file.path for file in client().list_artifacts(run.run_id)}
-    if "experiment.json" not in names:
+    path = _kept_file(run.run_id, run.artifacts, "experiment.json")
+    return None if path is None else dict(json.loads(path.read_bytes()))
+
+
+def step_history(step: PastStep) -> list[dict[str, float]]:
+    """The curves of a step's training, a row a rollout or update; empty where none are kept."""
+    rows = _step_file(step, "history.json")
+    return rows if isinstance(rows, list) else []
+
+
+def step_table(step: PastStep, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that a step logged (`StepRun.table`); empty where it is not kept."""
+    table = _step_file(step, f"{name}.json")
+    if not isinstance(table, dict):
+        return []
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def _step_file(step: PastStep, name: str) -> Any:
+    """A JSON file of the run that made a step; None where it is gone or cut short."""
+    if not RUN_ID.fullmatch(step.made_by):
         return None
-    path = open_uri(f"{run.artifacts}/experiment.json")
-    experiment: dict[str, Any] = json.loads(path.read_bytes())
-    return experiment
+    found = _search(client(), f"attributes.run_id = '{step.made_by}'")
+    path = _kept_file(step.made_by, found[0].info.artifact_uri, name) if found else None
+    try:
+        return None if path is None else json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def _kept_file(run_id: str, artifacts: str, name: str) -> Path | None:
+    """A file of a run of this project's store; None where it keeps no such file."""
+    names = {file.path for file in client().list_artifacts(run_id)}
+    return open_uri(f"{artifacts}/{name}") if name in names else None
 
 
 def _client(store: str | None) -> PatientClient:
     return client() if store is None else PatientClient(store)
 
 
-def _search(runs: PatientClient, condition: str) -> list[Any]:
+def _search(runs: PatientClient, condition: str, most: int = 1000) -> list[Any]:
     """The runs that meet a condition, newest first."""
     experiment = runs.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
     order = ["attributes.start_time DESC"]
-    return list(runs.search_runs([experiment.experiment_id], condition, order_by=order))
+    ids = [experiment.experiment_id]
+    return list(runs.search_runs(ids, condition, max_results=most, order_by=order))
 
 
 def _bare(run: Any) -> PastRun:
@@ -97,13 +150,30 @@ def _past_run(runs: PatientClient, run: Any) -> PastRun:
     # Oldest first: a step that was tried again counts as it ended.
     finished = [child for child in reversed(below) if child.info.status == "FINISHED"]
     steps = {
-        child.data.tags["plumbline.step"]: PastStep(
-            child.info.run_id, child.data.tags.get("plumbline.key"), _digest(runs, child)
-        )
+        child.data.tags["plumbline.step"]: _past_step(runs, child)
         for child in finished
         if "plumbline.step" in child.data.tags
     }
     return _bare(run)._replace(steps=steps)
+
+
+def _past_step(runs: PatientClient, step: Any) -> PastStep:
+    tags = step.data.tags
+    return PastStep(
+        run_id=step.info.run_id,
+        key=tags.get("plumbline.key"),
+        digest=_digest(runs, step),
+        made_by=tags.get("cache.source_run_id", step.info.run_id),
+        datasets=tuple(
+            (f"{read.dataset.name} ({_context(read)})", read.dataset.digest)
+            for read in step.inputs.dataset_inputs
+        ),
+    )
+
+
+def _context(read: Any) -> str:
+    """What a data set was read for."""
+    return next((tag.value for tag in read.tags if tag.key == "mlflow.data.context"), "")
 
 
 def _digest(runs: PatientClient, step: Any) -> str | None:

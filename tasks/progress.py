@@ -18,7 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from plumbline.training.reporting import Progress as Report
 
@@ -40,6 +39,9 @@ class _Rate(ProgressColumn):
 
 def quiet_libraries() -> None:
     """Keep the bars and warnings of libraries off the terminal, which shows the project's own."""
+    # Those who only say something need no transformers.
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     # It warns that a model card can't be fetched, for models that have none.
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)

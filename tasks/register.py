@@ -17,6 +17,9 @@ SCORES = (
 )
 """What the registry's page says of a version."""
 
+ORIGIN = ("plumbline.experiment", "data.rev", "data.digest", "git.commit", "git.dirty")
+"""Tags of the pipeline's run that a version takes over: what it was made from."""
+
 
 @task(name="register", **step_options)
 def register(
@@ -43,7 +46,13 @@ def register(
             for name in SCORES
             if name in evaluation.metrics
         }
-        tags = {"plumbline.run_id": run.mlflow_run_id, "plumbline.digest": policy.digest, **scores}
+        pipeline = tracking.tags_of(run.mlflow_run_id)
+        tags = {
+            "plumbline.run_id": run.mlflow_run_id,
+            "plumbline.digest": policy.digest,
+            **{name: pipeline[name] for name in ORIGIN if name in pipeline},
+            **scores,
+        }
         version = model_store.register_model(params.name, policy, tags)
         return RegistrationRef(
             digest=policy.digest,

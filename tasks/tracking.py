@@ -14,7 +14,6 @@ from typing import Any
 
 import mlflow
 import pandas
-import torch
 from matplotlib.figure import Figure
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
@@ -179,10 +178,13 @@ def start_pipeline(
         tags: of the run.
         experiment: all of the params as JSON, kept as experiment.json.
     """
+    # Those who only read what was tracked need no torch.
+    from torch.cuda import device_count
+
     experiment_id = _experiment_id(home)
     hardware = {
         "hardware.cpus": str(os.cpu_count()),
-        "hardware.gpus": str(torch.cuda.device_count()),
+        "hardware.gpus": str(device_count()),
         **{
             f"version.{package}": version(package)
             for package in ("plumbline", "torch", "transformers", "prefect", "dvc", "mlflow")
@@ -256,6 +258,11 @@ def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
             client().log_inputs(run_id, datasets=original.inputs.dataset_inputs)
     client().set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def tags_of(run_id: str) -> dict[str, str]:
+    """The tags of a run."""
+    return dict(client().get_run(run_id).data.tags)
 
 
 def tag_run(run_id: str, tags: Mapping[str, str]) -> None:

@@ -350,6 +350,19 @@ def test_the_alias_follows_the_run(trained, changed, model_ids):
     assert changed["alias back"].tags["plumbline.digest"] == digests(trained.first)["rl"]
 
 
+def test_a_version_says_which_run_data_and_commit_made_it_and_how_good_it_is(
+    trained, changed, client
+):
+    tags, first = changed["alias back"].tags, trained.first
+    run = client.get_run(first["mlflow_run_id"])
+
+    assert tags["plumbline.run_id"] == first["mlflow_run_id"]
+    assert tags["data.rev"] == first["data"]["rev"]
+    assert tags["git.commit"] == run.data.tags["git.commit"]
+    assert tags["plumbline.experiment"] == "tiny"
+    assert tags["eval.win_rate"] == f"{first['metrics']['eval/win_rate']:.4f}"
+
+
 # Runs that find everything as it was.
 
 

@@ -1,7 +1,8 @@
 """Best-of-n: what a reward model's pick among n answers is worth, and at what distance."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike
 from plumbline.evaluation.scores import Interval, bootstrap_mean
 
 Array = np.ndarray
+BOUND = re.compile(r"eval/best_of_(\d+)/kl_bound")
 
 
 class BestOf(NamedTuple):
@@ -117,6 +119,19 @@ def best_of_n_metrics(curve: Sequence[BestOf]) -> dict[str, float]:
             if interval is not None:
                 metrics |= interval.metrics(f"{prefix}/{name}")
     return metrics
+
+
+def read_best_of_n(metrics: Mapping[str, float]) -> list[BestOf]:
+    """The curve that `best_of_n_metrics` wrote, by n; empty where it is not among the metrics."""
+    sizes = sorted(int(found[1]) for name in metrics if (found := BOUND.fullmatch(name)))
+    points = []
+    for n in sizes:
+        prefix = f"eval/best_of_{n}"
+        score = Interval.read(metrics, f"{prefix}/score")
+        if score is not None:
+            others = (Interval.read(metrics, f"{prefix}/{name}") for name in ("gold", "judge"))
+            points.append(BestOf(n, metrics[f"{prefix}/kl_bound"], score, *others))
+    return points
 
 
 def _sizes(total: int) -> list[int]:

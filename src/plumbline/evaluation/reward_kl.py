@@ -17,6 +17,13 @@ from plumbline.evaluation.style import ACCENT, INK, MUTED, SECOND, History, colu
 
 GOLD_CURVE = "objective/reward_gold_score"
 KL = "objective/kl"
+SCORERS = {
+    "score": "reward model (proxy)",
+    "gold": "gold score",
+    "judge": "independent judge",
+}
+"""What scores answers, as in the metrics of `compare` and the fields of `BestOf`; its label."""
+DISTANCE = "√KL(model ‖ SFT), √nats a response"
 RL = "rollouts of RL, the later the darker"
 BEST_OF_N = "best of n answers of SFT, held-out prompts, at the KL bound"
 HELD_OUT = "one answer, held-out prompts (bars: 95% intervals)"
@@ -24,7 +31,6 @@ HELD_OUT = "one answer, held-out prompts (bars: 95% intervals)"
 
 class _Scorer(NamedTuple):
     name: str
-    """As in the metrics of `compare` and the fields of `BestOf`."""
     label: str
     curve: str
     """Its metric during training."""
@@ -54,15 +60,10 @@ def reward_against_kl(
         gold_curve: the metric of the gold score during training, where it is logged.
     """
     metrics = held_out or {}
-    proxy_curve = (
-        "objective/reward_model"
-        if any("objective/reward_model" in row for row in history)
-        else "objective/scores"
-    )
+    curves = scorer_curves(history, gold_curve)
     scorers = [
-        _Scorer("score", "reward model (proxy)", proxy_curve, ACCENT, "--"),
-        _Scorer("gold", "gold score", gold_curve, SECOND, "-"),
-        _Scorer("judge", "independent judge", "objective/judge", SECOND, "-"),
+        _Scorer(name, label, curves[name], ACCENT if name == "score" else SECOND, line)
+        for (name, label), line in zip(SCORERS.items(), ("--", "-", "-"), strict=True)
     ]
     shown = [s for s in scorers if s.name == "score" or _has(s, history, best_of_n, metrics)]
     figure = Figure(figsize=(6.4, 1.6 + 2.5 * len(shown)), layout="constrained", dpi=110)
@@ -79,9 +80,19 @@ def reward_against_kl(
         _mark_peak(panels[index], scorer, history, panels[0] if index == 1 else None)
     _legend(panels[0])
     figure.align_ylabels(panels)
-    panels[-1].set_xlabel("√KL(model ‖ SFT), √nats a response")
+    panels[-1].set_xlabel(DISTANCE)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=INK)
     return figure
+
+
+def scorer_curves(history: History, gold_curve: str) -> dict[str, str]:
+    """The metric of each of `SCORERS` during training."""
+    raw = any("objective/reward_model" in row for row in history)
+    return {
+        "score": "objective/reward_model" if raw else "objective/scores",
+        "gold": gold_curve,
+        "judge": "objective/judge",
+    }
 
 
 def turning_point(values: Sequence[float]) -> int | None:
@@ -93,7 +104,7 @@ def turning_point(values: Sequence[float]) -> int | None:
     """
     if len(values) < 5:
         return None
-    smoothed = _centred(values)
+    smoothed = centred(values)
     peak, last = int(np.argmax(smoothed)), len(values) - 1
     noise = np.std(np.diff(values)) / math.sqrt(2)
     error = noise * np.linalg.norm(_weights(len(values), peak) - _weights(len(values), last))
@@ -102,7 +113,7 @@ def turning_point(values: Sequence[float]) -> int | None:
     return peak if smoothed[peak] - smoothed[last] > least else None
 
 
-def _centred(values: Sequence[float]) -> np.ndarray:
+def centred(values: Sequence[float]) -> np.ndarray:
     """Gaussian smoothing, which, unlike `smooth`, does not lag behind."""
     size = len(values)
     kernel = _gaussian(np.arange(1 - size, size), size)
@@ -126,7 +137,8 @@ def _gaussian(distance: np.ndarray, size: int) -> np.ndarray:
     return weights
 
 
-def _distances(kl: Sequence[float]) -> list[float]:
+def distances_of(kl: Sequence[float]) -> list[float]:
+    """The square roots of KLs, in √nats."""
     # The estimate of a KL near 0 can come out negative.
     return [math.sqrt(max(value, 0.0)) for value in kl]
 
@@ -146,11 +158,11 @@ def _trajectory(axes: Axes, scorer: _Scorer, history: History) -> None:
     kl, scores = column(history, KL, scorer.curve)
     if not kl:
         return
-    distances = _distances(kl)
+    distances = distances_of(kl)
     shades = to_rgba_array([scorer.colour] * len(scores), np.linspace(0.2, 0.7, len(scores)))
     axes.scatter(distances, scores, color=shades, s=12, linewidths=0, zorder=2)
     axes.plot(
-        _centred(distances), _centred(scores), label=RL, marker="o", markevery=[],
+        centred(distances), centred(scores), label=RL, marker="o", markevery=[],
         color=scorer.colour, linestyle=scorer.line, linewidth=1.8, zorder=3,
     )  # fmt: skip
 
@@ -180,7 +192,7 @@ def _held_out(axes: Axes, scorer: _Scorer, metrics: Mapping[str, float]) -> None
         if key not in metrics:
             continue
         value = Interval(metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"])
-        (distance,) = _distances([metrics[f"eval/{name}/kl"]])
+        (distance,) = distances_of([metrics[f"eval/{name}/kl"]])
         _interval(axes, distance, value, scorer.colour, "D")
         axes.plot([], [], label=HELD_OUT, marker="D", linestyle="", color=scorer.colour)
         axes.annotate(
@@ -204,7 +216,7 @@ def _mark_peak(axes: Axes, scorer: _Scorer, history: History, proxy: Axes | None
     peak = turning_point(scores)
     if peak is None:
         return
-    distance = _centred(_distances(kl))[peak]
+    distance = centred(distances_of(kl))[peak]
     for panel in (axes, proxy):
         if panel is not None:
             panel.axvline(distance, color=MUTED, linewidth=1, linestyle=":", zorder=1)

@@ -1,7 +1,7 @@
 """Numbers that compare the answers of two models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,12 @@ class Interval(NamedTuple):
     def metrics(self, name: str) -> dict[str, float]:
         """The estimate and the ends of its interval as name, name_low and name_high."""
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    @classmethod
+    def read(cls, metrics: Mapping[str, float], name: str) -> "Interval | None":
+        """What `metrics` wrote under this name; None where one of the three is missing."""
+        names = (name, f"{name}_low", f"{name}_high")
+        return cls(*(metrics[n] for n in names)) if all(n in metrics for n in names) else None
 
 
 class CalibrationBin(NamedTuple):

@@ -11,6 +11,7 @@ from plumbline.evaluation.best_of_n import (
     best_of_n_metrics,
     expected_best,
     kl_bound,
+    read_best_of_n,
 )
 
 GENERATOR = np.random.default_rng(0)
@@ -200,3 +201,18 @@ def test_metrics_leave_out_the_best_of_one_and_absent_scorers() -> None:
     }
     assert metrics["eval/best_of_2/score_low"] == curve[1].score.low
     assert metrics["eval/best_of_2/kl_bound"] == kl_bound(2)
+
+
+@pytest.mark.parametrize("others", [{}, {"gold": VALUES}, {"gold": VALUES, "judge": -VALUES}])
+def test_the_metrics_say_all_of_the_curve_but_its_first_point(
+    others: dict[str, np.ndarray],
+) -> None:
+    curve = best_of_n_curve(SCORES, **others, bootstrap_samples=100, seed=0)
+    metrics = {"eval/win_rate": 0.5, **best_of_n_metrics(curve)}
+    assert read_best_of_n(metrics) == curve[1:]
+
+
+def test_a_point_that_was_logged_in_part_is_left_out() -> None:
+    metrics = best_of_n_metrics(best_of_n_curve(SCORES, bootstrap_samples=100, seed=0))
+    del metrics["eval/best_of_4/score_low"]
+    assert [point.n for point in read_best_of_n(metrics)] == [2, 7]

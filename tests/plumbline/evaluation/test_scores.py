@@ -59,6 +59,12 @@ def test_an_interval_as_metrics() -> None:
     }  # fmt: skip
 
 
+def test_an_interval_is_read_from_its_three_metrics() -> None:
+    metrics = {**Interval(1.0, 0.5, 2.0).metrics("a"), "b": 3.0, "b_low": 2.0}
+    assert Interval.read(metrics, "a") == Interval(1.0, 0.5, 2.0)
+    assert Interval.read(metrics, "b") is None
+
+
 def test_the_bootstrap_interval_of_a_share_is_the_normal_one() -> None:
     values = [1.0] * 300 + [0.0] * 100
     mean, low, high = bootstrap_mean(values, samples=4000, seed=0)
