@@ -336,7 +336,7 @@ def compare(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...",
+            metavar="RUN",
             show_default=False,
             help="Up to 8 finished runs, each by MLflow's id, the beginning of it, or its name; "
             "without any, the 5 newest.",
