@@ -248,15 +248,15 @@ LONG = ("--set", "rl.episodes=1600", "--set", "checkpoints.every_steps=5", "--se
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
 def test_a_stopped_sweep_leaves_checkpoints_and_no_process(swept, served, number):
     process = served.start("sweep", "three", *LONG, **on_path(served))
-    checkpoints = served.home / "checkpoints"
-    wait_for(lambda: process.poll() is not None or any(checkpoints.glob("rl-*/[!.]*")))
+    locks = served.home / "locks"
+    wait_for(lambda: process.poll() is not None or any(locks.glob("rl-*.lock")))
     assert process.poll() is None, process.communicate()
     process.send_signal(number)
     process.communicate(timeout=60)
 
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     wait_for(lambda: not processes_in(served.root), 40)
-    assert any(checkpoints.glob("rl-*/[!.]*"))
+    assert any((served.home / "checkpoints").glob("rl-*/[!.]*"))
     with closing(sqlite3.connect(served.home / "mlflow.db", timeout=30)) as database:
         (state,) = database.execute(
             "select status from runs where name like 'three-%' order by start_time desc limit 1"
