@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -124,11 +124,11 @@ def run_points(
     home: Path,
     loaded: LoadedSweep,
     folder: Path,
-    place: Callable[[Point], Place],
+    starting: Callable[[Point], Place],
     *,
     allow_dirty: bool,
     say: Callable[[str], None],
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Run all points; yields each as it ends. Stops those that run when the caller stops.
 
     Each is what `plumbline run EXPERIMENT --record --set …` would be, in a process of its own.
@@ -138,7 +138,7 @@ def run_points(
         home: the project's folder for generated files.
         loaded: the sweep.
         folder: for a log and a JSON file a point.
-        place: gives a point's place in the sweep.
+        starting: called as a point starts; gives its place in the sweep.
         allow_dirty: accept data that differs from data.dvc.
         say: called again and again with what the points that run said last.
 
@@ -153,7 +153,7 @@ def run_points(
             while waiting and len(running) < loaded.sweep.parallel:
                 point = waiting.pop(0)
                 command = _command(loaded, point, folder, allow_dirty)
-                starter.start(point.number, command, _log(folder, point), place(point))
+                starter.start(point.number, command, _log(folder, point), starting(point))
                 running[point.number] = (point, time.perf_counter())
             for number, code in starter.ended(SECONDS_BETWEEN_LOOKS):
                 point, began = running.pop(number)

@@ -123,13 +123,13 @@ def _run(
     console = Console(stderr=True)
     if loaded.sweep.parallel > 1 and "OMP_NUM_THREADS" not in os.environ:
         console.print(
-            f"{loaded.sweep.parallel} points at a time share {os.cpu_count()} cores, as many "
-            "threads each as if it were alone: the results are those of `plumbline run`. With "
-            "OMP_NUM_THREADS set they get in each other's way less.",
+            f"{loaded.sweep.parallel} points at a time share {os.cpu_count()} cores, each with as "
+            "many threads as a run alone has, so that its results are the same; OMP_NUM_THREADS "
+            "set lower is quicker, and changes last digits.",
             style="dim",
         )
 
-    def place(point: Point) -> Place:
+    def starting(point: Point) -> Place:
         console.print(Text(f"point {point.number} of {len(loaded.points)}, {point.label}: starts"))
         return Place(run_id, folder.name, point.number, point.label)
 
@@ -139,7 +139,9 @@ def _run(
         def say(words: str) -> None:
             status.update(Text(words, no_wrap=True, overflow="ellipsis"))
 
-        points = run_points(project.home, loaded, folder, place, allow_dirty=allow_dirty, say=say)
+        points = run_points(
+            project.home, loaded, folder, starting, allow_dirty=allow_dirty, say=say
+        )
         # An interruption stops the points at once, wherever it arrives.
         with closing(points):
             for outcome in points:

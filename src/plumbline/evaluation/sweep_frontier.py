@@ -206,6 +206,8 @@ def _sign(label: str, colour: str, marker: str) -> Line2D:
 
 def _label(axes: Axes, marks: Sequence[_Mark]) -> None:
     """Write beside each marker what its point is, where nothing else stands."""
+    if not marks:
+        return
     spots = axes.transData.transform([(m.distance.mean, m.value.mean) for m in marks])
     pixels = axes.figure.dpi / 72
     taken = [

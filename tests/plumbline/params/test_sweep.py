@@ -158,7 +158,8 @@ def test_a_fault_of_all_points_is_listed_once(faults: Faults, folder: Path) -> N
          "params/s.yaml:1: sweep: expected one of grid and points, which say what runs; got "
          "neither"),
         ("sweep:\n  experiment: base\n  grid: {seed: [1]}\n  points: [{seed: 2}]\n",
-         "params/s.yaml:1: sweep: expected one of grid and points, which say what runs; got both"),
+         "params/s.yaml:3, params/s.yaml:4: sweep: expected one of grid and points, which say what "
+         "runs; got both"),
         ("sweep:\n  experiment: base\n  grid:\n    seed: []\n",
          "params/s.yaml:4: sweep.grid.seed: expected a list that is not empty, got []"),
         ("sweep:\n  experiment: base\n  grid:\n    seed: 3\n",
@@ -174,6 +175,10 @@ def test_a_fault_of_all_points_is_listed_once(faults: Faults, folder: Path) -> N
         ("sweep:\n  experiment: base\n  grid: {seed: [1]}\n  best: {metric: golden}\n",
          "params/s.yaml:4: sweep.best.metric: expected gold, judge, score or win_rate, got "
          '"golden"'),
+        ("sweep:\n  experiment: base\n  grid: {seed: [1]}\n  parallel: 0\n",
+         "params/s.yaml:4: sweep.parallel: expected an integer >= 1 and <= 64, got 0"),
+        ("sweep:\n  experiment: base\n  grid: {seed: [1]}\n  best: {kl_at_most: 0}\n",
+         "params/s.yaml:4: sweep.best.kl_at_most: expected a number > 0 or null, got 0"),
         ("sweep:\n  experiment: base\n  points: [3]\n",
          "params/s.yaml:3: sweep.points.0: expected a section of keys, got 3"),
     ],
