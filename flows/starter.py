@@ -34,8 +34,12 @@ def main(home: Path) -> None:
     join_server(home)
     # Before the imports, so that an edit in between is seen.
     read_sources()
-    import flows.alignment  # noqa: F401
+    import typer  # noqa: F401
 
+    import flows.alignment  # noqa: F401
+    from tasks.mlflow_client import preload
+
+    preload()
     order = serve(reports)
     if order is None:
         # Taking the modules apart takes a second, and the sweep waits.

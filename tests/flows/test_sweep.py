@@ -37,7 +37,7 @@ sweep:
 """
 GOOD = "sweep.points=[{rl.kl_coef: 0.05}, {rl.kl_coef: 0.5}]"
 FAULTY = 'def reward(prompt, response):\n    raise ValueError("the scorer is broken")\n'
-MENDED = "def reward(prompt, response):\n    return 0.0\n"
+MENDED = "def reward(prompt, response):\n    return float(len(response))\n"
 SHARED = ("prepare_data", "base_model", "sft", "reward_model")
 
 
@@ -173,7 +173,8 @@ def test_the_best_point_has_the_highest_gold_score_and_the_alias(swept):
 
     assert swept.first["best"] == best["number"]
     made = client_of(swept.project).get_model_version_by_alias("plumbline-policy", "challenger")
-    assert made.version == best["registered"]["version"] == swept.first["registered"]["version"]
+    version = swept.first["registered"]["version"]
+    assert str(made.version) == best["registered"]["version"] == version
 
 
 def test_the_report_has_the_figure_the_table_and_what_failed(swept):
