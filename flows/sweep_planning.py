@@ -16,7 +16,6 @@ from flows.summary import RunSummary
 from flows.sweep_summary import PointSummary, SweepSummary, conclude, finished_point
 from flows.up_to_date import cached_step
 from flows.wiring import wiring
-from plumbline.checks import check_experiment, check_tables
 from plumbline.errors import DataError, ParamsError
 from plumbline.params.schema import Experiment, StepName
 from plumbline.params.sweep import LoadedSweep, Point
@@ -59,6 +58,9 @@ def check_points(project: Project, loaded: LoadedSweep) -> None:
         DataError: a data set lacks a table.
         MachineError: the disk has no room for all points.
     """
+    # It imports pandas, which a plan and a sweep with nothing to do need not wait for.
+    from plumbline.checks import check_experiment, check_tables
+
     for check in (check_experiment, check_tables):
         faults: dict[str, Point] = {}
         for point in loaded.points:
