@@ -189,7 +189,9 @@ def show_plan(
             *(Text(text, colours.get(action, "")) for action, text in cells),
         )
     console.print(table)
-    count = Counter(step.action for planned in plan.values() for step in planned.values())
+    count: Counter[str] = Counter(
+        step.action for planned in plan.values() for step in planned.values()
+    )
     words = {
         "run": "to run",
         "shared": "shared with an earlier point",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -16,8 +17,8 @@ from plumbline.evaluation.scores import Interval
 from plumbline.evaluation.style import ACCENT, INK, MUTED, SECOND, plain
 
 PANELS = {"score": "reward model (proxy)", "gold": "gold score", "judge": "independent judge"}
-MOST_LABELS = 10
-"""With more points these have numbers, which the table explains."""
+MOST_CHARACTERS = 100
+"""Where all labels have more, the points have numbers, which the table explains."""
 FAR = 1.6
 """A budget further out than so many times the furthest point is named, not drawn."""
 
@@ -79,8 +80,8 @@ def sweep_frontier(
     figure.align_ylabels(panels)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=INK)
     figure.legend(
-        handles=_handles(marks, best, kl_at_most if drawn else None), loc="outside lower left",
-        ncols=2, frameon=False, fontsize=7,
+        handles=_handles(marks, best, kl_at_most if drawn else None, _numbered(points)),
+        loc="outside lower left", ncols=2, frameon=False, fontsize=7,
     )  # fmt: skip
     # Only now is it known where on the page a point stands.
     figure.draw_without_rendering()
@@ -110,7 +111,7 @@ def _marks(
     metric, _ = METRICS[name]
     return [
         _Mark(
-            point.label if len(points) <= MOST_LABELS else str(point.number),
+            str(point.number) if _numbered(points) else point.label,
             _distances(point.metrics, KL),
             _estimate(point.metrics, metric),
             point.number == best,
@@ -119,6 +120,10 @@ def _marks(
         for point in points
         if math.isfinite(point.metrics.get(metric, math.nan))
     ]
+
+
+def _numbered(points: Sequence[SweepPoint]) -> bool:
+    return sum(len(point.label) for point in points) > MOST_CHARACTERS
 
 
 def _frontier(axes: Axes, marks: Sequence[_Mark]) -> None:
@@ -180,11 +185,12 @@ def _nats(axes: Axes, furthest: float) -> None:
 
 
 def _handles(
-    marks: Mapping[str, Sequence[_Mark]], best: int | None, budget: float | None
+    marks: Mapping[str, Sequence[_Mark]], best: int | None, budget: float | None, numbered: bool
 ) -> list[Line2D]:
     """What the marks are, as far as they are there."""
+    point = "policy, numbered as in the table" if numbered else "policy, held-out prompts"
     handles = [
-        _sign("a point's policy, held-out prompts (bars: 95% intervals)", INK, "o"),
+        _sign(f"{point} (95% intervals)", INK, "o"),
         _sign("SFT model", INK, "*"),
         Line2D([], [], label="not beaten at a smaller KL", color=MUTED, linewidth=1),
     ]
@@ -229,10 +235,12 @@ def _label(axes: Axes, marks: Sequence[_Mark]) -> None:
 
 
 _PLACES = (
-    (7, 7, "left"), (7, -7, "left"), (-7, 7, "right"), (-7, -7, "right"),
-    (7, 17, "left"), (7, -17, "left"), (-7, 17, "right"), (-7, -17, "right"),
+    (7, -8, "left"), (-7, 8, "right"), (7, 8, "left"), (-7, -8, "right"),
+    (7, -18, "left"), (-7, 18, "right"), (7, 18, "left"), (-7, -18, "right"),
 )  # fmt: skip
-"""Where a label may stand, in points from its marker, the best place first: off the bars."""
+"""Where a label may stand, in points from its marker, the best place first: off the bars, and off
+a line that rises."""
+_HALO = [withStroke(linewidth=2, foreground="white")]
 
 
 def _written(axes: Axes, mark: _Mark, x: float, y: float, side: str) -> Annotation:
@@ -240,4 +248,5 @@ def _written(axes: Axes, mark: _Mark, x: float, y: float, side: str) -> Annotati
         mark.text, (mark.distance.mean, mark.value.mean), xytext=(x, y),
         textcoords="offset points", ha=side, va="center", fontsize=7,
         fontweight="bold" if mark.best else "normal", color=INK, zorder=6,
+        path_effects=_HALO,
     )  # fmt: skip

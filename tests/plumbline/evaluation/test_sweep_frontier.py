@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plumbline.evaluation.best import SweepPoint
-from plumbline.evaluation.sweep_frontier import MOST_LABELS, sweep_frontier
+from plumbline.evaluation.sweep_frontier import sweep_frontier
 
 PROXY, GOLD, JUDGE = "reward model (proxy)", "gold score", "independent judge"
 
@@ -119,6 +119,8 @@ def test_labels_stand_apart_from_each_other() -> None:
 
 
 def test_many_points_have_numbers_and_one_point_will_do() -> None:
-    many = [point(n, float(n), 0.5 + n / 100) for n in range(1, MOST_LABELS + 2)]
-    assert sweep_frontier(many, "Title").axes[0].texts[2].get_text() == "3"
+    many = [point(n, float(n), 0.5 + n / 100) for n in range(1, 14)]
+    figure = sweep_frontier(many, "Title")
+    assert figure.axes[0].texts[2].get_text() == "3"
+    assert any("numbered as in the table" in text for text in legend(figure))
     assert drawn(sweep_frontier(POINTS[3:], "Title", best=4, kl_at_most=1.0))
