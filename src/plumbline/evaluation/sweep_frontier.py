@@ -74,7 +74,8 @@ def sweep_frontier(
             axes.axvline(budget, color=MUTED, linewidth=1, linestyle="--", zorder=1)
         axes.set_ylabel(PANELS[name])
         axes.margins(x=0.08, y=0.16)
-    _nats(panels[-1], max(furthest, budget or 0.0 if drawn else 0.0))
+    bars = max(_distances(point.metrics, KL).high for point in points)
+    _nats(panels[-1], max(bars, budget or 0.0 if drawn else 0.0))
     beyond = f"; all are within the budget of {kl_at_most:g}" if budget and not drawn else ""
     panels[-1].set_xlabel(f"KL(policy ‖ SFT), nats a response{beyond}")
     figure.align_ylabels(panels)
@@ -172,7 +173,7 @@ def _arms(value: Interval) -> list[list[float]]:
 
 def _nats(axes: Axes, furthest: float) -> None:
     """Ticks in nats, far enough from each other, on an axis of square roots."""
-    steps = [factor * 10.0**power for power in range(-2, 6) for factor in (1, 2, 5)]
+    steps = [factor * 10.0**power for power in range(-3, 6) for factor in (1, 2, 5)]
     ticks = [0.0]
     for kl in steps:
         if _distance(kl) > furthest * 1.05:
