@@ -2,6 +2,7 @@
 
     python benchmarks/orchestration.py                    # all three, on the quickstart: minutes
     python benchmarks/orchestration.py plan run --small   # the first two, on a small run: a minute
+    python benchmarks/orchestration.py sweep              # a sweep of four points: many minutes
 
 A fresh copy of the project runs the experiment once, with nothing cached and no database. Then
 
@@ -11,6 +12,9 @@ run    `plumbline run` with nothing to do, in the same turns.
 cold   the wall time of that first command, from start to exit, less the time inside the functions
        that train and sample (TIMED), but not the time in which these log metrics (LOGGING).
        Both are measured in the command's own process.
+sweep  the wall time of a cold `plumbline sweep`, less that of the steps it can't do without: SFT
+       and reward model once, and of each point what is its own (rl, evaluate, register). On
+       request alone.
 
 Prints a table of medians; exits with 1 if a bar is missed.
 """
@@ -65,8 +69,13 @@ SMALL = (
     "evaluate.max_prompts=16", "evaluate.best_of_n=1", "model.layers=1", "model.hidden_size=32",
 )  # fmt: skip
 
-BARS = {"plan": 1.0, "run": 2.0, "cold": 15.0}
-"""plan, run: times a no-op `dvc repro`. cold: seconds."""
+BARS = {"plan": 1.0, "run": 2.0, "cold": 15.0, "sweep": 15.0}
+"""plan, run: times a no-op `dvc repro`. cold, sweep: seconds."""
+USUAL = ("plan", "run", "cold")
+SHARED = ("sft", "reward_model", "judge")
+"""Steps that a sweep pays for once."""
+OWN = ("rl", "dpo", "evaluate", "register")
+"""Steps that it pays for at every point."""
 
 
 class Row(NamedTuple):
@@ -86,26 +95,31 @@ class Row(NamedTuple):
 def main() -> int:
     """Parse the command line, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help="plan, run, cold; all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="plan, run, cold, sweep")
     parser.add_argument("--experiment", default="quickstart")
+    parser.add_argument("--sweep", default="sweep-kl")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--small", action="store_true", help="Little training: not for cold.")
     parser.add_argument("--repeats", type=int, default=11, help="Turns behind each median.")
     arguments = parser.parse_args()
-    parts = arguments.parts or list(BARS)
+    parts = arguments.parts or list(USUAL)
     if unknown := set(parts) - BARS.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}: expected {', '.join(BARS)}")
     overrides = [*(SMALL if arguments.small else ()), *arguments.overrides]
     experiment = [arguments.experiment, *(f"--set={override}" for override in overrides)]
     with tempfile.TemporaryDirectory(prefix="orchestration-") as folder:
-        project = make_project(Path(folder, "project"))
-        cold = run_cold(project, experiment)
-        rows = []
+        rows: list[Row] = []
+        if set(USUAL) & set(parts):
+            project = make_project(Path(folder, "project"))
+            cold = run_cold(project, experiment)
         if {"plan", "run"} & set(parts):
             count = len(planned(project))
             stages = make_stages(Path(folder, "stages"), count)
             rows += warm_rows(project, stages, experiment, parts, count, arguments.repeats)
         rows += [cold] if "cold" in parts else []
+        if "sweep" in parts:
+            swept = make_project(Path(folder, "swept"))
+            rows.append(run_sweep(swept, [arguments.sweep, *experiment[1:]]))
     print(table(rows))
     return 0 if all(row.passed for row in rows) else 1
 
@@ -155,6 +169,23 @@ def run_cold(project: Path, experiment: Sequence[str]) -> Row:
     working, logging = (sum(timed[part].values()) for part in ("working", "logging"))
     text = f"{seconds:.1f} s, less {working:.1f} s of work, in which {logging:.1f} s of logging"
     return Row("cold", text, seconds - working + logging, "s")
+
+
+def run_sweep(project: Path, sweep: Sequence[str]) -> Row:
+    """Run a sweep for the first time: the part that is none of the steps it can't do without."""
+    seconds = execute(project, BIN / "plumbline", "sweep", *sweep, "--json", "sweep.json")
+    points = json.loads((project / "sweep.json").read_bytes())["points"]
+    made: dict[str, list[float]] = {}
+    for point in points:
+        for name, step in point["steps"].items():
+            if step["status"] == "ran":
+                made.setdefault(name, []).append(step["seconds"])
+    for name, runs in made.items():
+        print(f"{name}: " + ", ".join(f"{value:.1f} s" for value in runs))
+    work = sum(max(made.get(name, [0.0])) for name in SHARED)
+    work += sum(sum(made.get(name, [])) for name in OWN)
+    text = f"{seconds:.1f} s for {len(points)} points, less {work:.1f} s in their steps"
+    return Row("sweep", text, seconds - work, "s")
 
 
 def planned(project: Path) -> dict[str, tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow, runtime
 from prefect.context import TagsContext
 
+from flows.place import place_in_sweep
 from flows.reports import read_samples, write_report
 from flows.stopping import cancellable
 from flows.summary import RunSummary, StepSummary
@@ -131,6 +132,8 @@ def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.P
         "data.dirty": str(data.dirty).lower(),
         **git_state(project.root),
     }
+    if place := place_in_sweep():
+        tags |= place.tags()
     run = tracking.start_pipeline(
         name,
         project.home,
@@ -214,9 +217,14 @@ def _warn_if_damaged(step: StepName, result: StepResult, digests: DigestCache) -
 def _point_alias(
     project: Project, loaded: Loaded, results: dict[str, StepResult]
 ) -> dict[str, str]:
-    """Let the alias name this run's model: a cached step does not move it back by itself."""
+    """Let the alias name this run's model: a cached step does not move it back by itself.
+
+    Of the points of a sweep the best gets it, when all have ended.
+    """
     made = results["register"]
     assert isinstance(made, RegistrationRef)
+    if place_in_sweep():
+        return {"name": made.name, "version": made.version}
     alias = loaded.experiment.registry.alias
     model_store.point_alias(made.name, alias, made.version)
     note_version(project.home, made.name, alias, made.version)

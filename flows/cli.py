@@ -1,4 +1,4 @@
-"""The command line: `plumbline run`, `plan`, `compare`, `reproduce`, `data`, `chat` and more.
+"""The command line: `plumbline run`, `plan`, `compare`, `sweep`, `reproduce`, `data` and more.
 
 Frameworks are imported inside the commands, so that `--help` and `plan` stay quick.
 """
@@ -122,12 +122,13 @@ def _align(
         from prefect import tags
 
         from flows.alignment import align
+        from flows.place import flow_tags
         from flows.stopping import confirm_cancellation
         from tasks.bookkeeping import process_tag
 
     wait_for_server(project.home)
     try:
-        with tags(process_tag()):
+        with tags(process_tag(), *flow_tags()):
             return align(experiment, list(overrides), cast(list[StepName], refresh), allow_dirty)
     finally:
         confirm_cancellation()
@@ -158,10 +159,13 @@ def plan(
         _check_steps(refresh)
         _check_writable(json_file)
         from flows.planning import make_plan
-        from plumbline.params.loader import load_experiment
+        from plumbline.params.loader import find_params, is_sweep, load_experiment
         from tasks.data_version import current_version, pull_missing
 
         make_home(project.home)
+        if is_sweep(find_params(experiment, project.params)):
+            _plan_sweep(project, experiment, overrides, refresh, json_file, allow_dirty)
+            return
         loaded = load_experiment(experiment, project.params, overrides)
         pull_missing(project.root)
         data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
@@ -174,6 +178,73 @@ def plan(
         for name, step in planned.items():
             table.add_row(name, Text(step.action, colours[step.action]), Text(step.because))
         out.print(table)
+
+
+def _plan_sweep(
+    project: Project,
+    name: str,
+    overrides: list[str],
+    refresh: list[str],
+    json_file: Path | None,
+    allow_dirty: bool,
+) -> None:
+    from flows.sweep_planning import plan_sweep, show_plan, verified_data
+    from plumbline.params.sweep import load_sweep
+
+    if refresh:
+        raise ParamsError(f"--refresh {refresh[0]}: a sweep has no step to refresh; plan a point")
+    loaded = load_sweep(name, project.params, overrides)
+    planned = plan_sweep(project, loaded, verified_data(project, loaded, allow_dirty=allow_dirty))
+    if json_file:
+        points = [
+            {
+                "number": point.number,
+                "label": point.label,
+                "overrides": point.overrides,
+                "steps": {name: s._asdict() for name, s in planned[point.number].items()},
+            }
+            for point in loaded.points
+        ]
+        _write_json(json_file, {"points": points})
+    show_plan(out, loaded, planned)
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="A sweep in params/, by name or path.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the sweep (sweep.best.metric=judge), or its experiment at every point.",
+        ),
+    ] = [],  # noqa: B006
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Points that run at a time.")
+    ] = None,
+    json_file: JsonFile = None,
+    allow_dirty: AllowDirty = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Make tracked runs even if nothing is to do.")
+    ] = False,
+) -> None:
+    """Run an experiment at each point of a sweep; steps that points share run once."""
+    with _errors_as_exit_codes(), terminable():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.sweep_summary import show_sweep
+        from flows.sweeping import run_sweep
+
+        if parallel is not None:
+            overrides = [*overrides, f"sweep.parallel={parallel}"]
+        done = run_sweep(project, err, name, overrides, allow_dirty=allow_dirty, record=record)
+        if json_file:
+            _write_json(json_file, done.model_dump(mode="json"))
+        show_sweep(out, project, done)
+        if done.failed:
+            raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -204,16 +275,23 @@ def reproduce(
 
 @app.command()
 def experiments() -> None:
-    """List the experiments in params/."""
+    """List the experiments and the sweeps in params/."""
     with _errors_as_exit_codes():
         from plumbline.params.loader import list_experiments
+        from plumbline.params.sweep import list_sweeps
 
-        table = Table("experiment", "description", box=None, pad_edge=False)
-        for item in list_experiments(_project().params):
-            table.add_row(
-                item.name, Text(item.error or item.description, "red" if item.error else "")
-            )
-        out.print(table)
+        folder = _project().params
+        for kind, items in (
+            ("experiment", list_experiments(folder)),
+            ("sweep", list_sweeps(folder)),
+        ):
+            table = Table(kind, "description", box=None, pad_edge=False)
+            for item in items:
+                table.add_row(
+                    item.name, Text(item.error or item.description, "red" if item.error else "")
+                )
+            if items:
+                out.print(table)
 
 
 @app.command()

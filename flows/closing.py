@@ -44,11 +44,12 @@ def show_up_to_date(console: Console, project: Project, summary: RunSummary) -> 
 
 
 def _ways_on(console: Console, project: Project, summary: RunSummary) -> None:
-    registered = summary.registered
+    name, version = summary.registered["name"], summary.registered["version"]
+    alias = summary.registered.get("alias")
+    named = f", alias {alias}; talk to it: plumbline chat {name}@{alias}"
+    numbered = f"; talk to it: plumbline chat {name}/{version}"
     console.print(
-        f"[bold]Registered[/bold] as {registered['name']} version {registered['version']}, "
-        f"alias {registered['alias']}; talk to it: "
-        f"plumbline chat {registered['name']}@{registered['alias']}"
+        f"[bold]Registered[/bold] as {name} version {version}{named if alias else numbered}"
     )
     console.print("[bold]Look closer:[/bold]")
     for name, command in ui_commands(project).items():

@@ -150,8 +150,9 @@ def read_store(project: Project) -> Inventory:
 
 
 def running(stored: Inventory) -> list[str]:
-    """Pipelines that have not ended."""
-    return [run.run_id for run in stored.runs if run.kind == "pipeline" and run.status == "RUNNING"]
+    """Pipelines that have not ended, and sweeps, which will start more."""
+    kinds = ("pipeline", "sweep")
+    return [run.run_id for run in stored.runs if run.kind in kinds and run.status == "RUNNING"]
 
 
 def adapted_model(folder: Path) -> str | None:

@@ -78,6 +78,8 @@ def _finished_run(run_id: str) -> PastRun:
     if run.tags.get("plumbline.kind") != "pipeline":
         parent = run.tags.get("mlflow.parentRunId")
         below = f"it is a step of {parent}; reproduce that" if parent else "it is another kind"
+        if run.tags.get("plumbline.kind") == "sweep":
+            below = "it is a sweep; reproduce the run of one of its points"
         raise ParamsError(f"{run_id} ({run.name}): expected the run of a pipeline; {below}")
     if run.status != "FINISHED":
         raise ParamsError(

@@ -35,4 +35,4 @@ class RunSummary(BaseModel):
     samples: list[dict[str, Any]]
     """Rows of the evaluation's table."""
     registered: dict[str, str]
-    """Name, version and alias of the registered model."""
+    """Name, version and alias of the registered model; a point of a sweep moves no alias."""

@@ -38,7 +38,7 @@ def up_to_date(
         mlflow_run_id=None,
         prefect_flow_run_id=None,
         seconds=round(time.perf_counter() - started, 3),
-        steps={name: _summary(step) for name, step in steps.items()},
+        steps={name: cached_step(step) for name, step in steps.items()},
         metrics={k: v for step in steps.values() for k, v in step.result.metrics.items()},
         report=None,
         samples=[],
@@ -46,7 +46,8 @@ def up_to_date(
     )
 
 
-def _summary(step: Finished) -> StepSummary:
+def cached_step(step: Finished) -> StepSummary:
+    """What a run says of a step that has nothing to do."""
     return StepSummary(
         status="cached",
         seconds=0.0,

@@ -13,13 +13,19 @@ SPARE = 200 * 2**20
 """For databases, figures and prepared data, in bytes."""
 
 
-def check_room(home: Path, experiment: Experiment, root: Path) -> None:
+def check_room(home: Path, experiment: Experiment, root: Path, *, runs: int = 1) -> None:
     """Check that the models of a run fit on the disk.
+
+    Args:
+        home: the project's folder for generated files.
+        experiment: that runs.
+        root: the project's.
+        runs: of a sweep; each writes one model at least.
 
     Raises:
         MachineError: they don't.
     """
-    models = MODELS_WRITTEN + experiment.evaluate.judge + checkpointed_models(experiment)
+    models = MODELS_WRITTEN + runs - 1 + experiment.evaluate.judge + checkpointed_models(experiment)
     needed = models * model_bytes(experiment, root) + SPARE
     free = shutil.disk_usage(home).free
     if free < needed:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +75,13 @@ def client() -> PatientClient:
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return patiently(PatientClient)
+
+
+def preload() -> None:
+    """Import what the first call to an SQLite store imports, and leave the store alone."""
+    if mlflow.get_tracking_uri().startswith("sqlite:"):
+        import_module("mlflow.store.tracking.sqlalchemy_store")
+        import_module("mlflow.store.model_registry.sqlalchemy_store")
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from plumbline.refs import ModelRef
 from plumbline.training.lora import load_merged, save_adapter
 from tasks.records import ADAPTED, content_digest, local_path
 from tasks.tracking import StepRun, client, open_uri
+from tasks.tracking import point_alias as point_alias
 
 
 def log_model(
@@ -125,11 +126,6 @@ def register_model(name: str, model: ModelRef, tags: Mapping[str, str]) -> str:
         tags=dict(tags),
     )
     return str(made.version)
-
-
-def point_alias(name: str, alias: str, version_number: str) -> None:
-    """Let an alias of a registered model name this version."""
-    client().set_registered_model_alias(name, alias, version_number)
 
 
 def version_exists(name: str, version_number: str) -> bool:

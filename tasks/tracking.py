@@ -237,6 +237,41 @@ def step_run(run: PipelineRun, step: str, params: Mapping[str, Any]) -> Iterator
     tracked.close("FINISHED")
 
 
+@contextlib.contextmanager
+def sweep_run(
+    name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[StepRun]:
+    """Open the run of a sweep, below which its points hang theirs, and close it as its body ends.
+
+    The arguments are those of `start_pipeline`.
+    """
+    experiment_id = _experiment_id(home)
+    run_id = _create_run(experiment_id, name, {**tags, "plumbline.kind": "sweep"}, params)
+    tracked = StepRun(run_id, experiment_id, "sweep")
+    try:
+        yield tracked
+        tracked.settle()
+    except BaseException as error:
+        tracked.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
+        raise
+    tracked.close("FINISHED")
+
+
+def runs_below(run_id: str, home: Path) -> list[tuple[str, dict[str, str]]]:
+    """The ids and the tags of the runs right below a run, oldest first."""
+    below = client().search_runs(
+        [_experiment_id(home)],
+        f"tags.`mlflow.parentRunId` = '{run_id}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return [(str(run.info.run_id), dict(run.data.tags)) for run in below]
+
+
+def point_alias(name: str, alias: str, version_number: str) -> None:
+    """Let an alias of a registered model name this version."""
+    client().set_registered_model_alias(name, alias, version_number)
+
+
 def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
     """Show a cached step below a pipeline's run: its final metrics, and where they come from."""
     tags = {

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from flows.rebuilding import acting, environment
-from plumbline.params.loader import flatten, load_experiment
+from plumbline.params.loader import flatten, list_experiments, load_experiment
 from plumbline.project import Project
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
+EXPERIMENTS = [file.name for file in list_experiments(ROOT / "params")]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from plumbline.params.fields import FieldDoc, catalogue, join_words, setting, written
+from plumbline.params.fields import Catalogue, FieldDoc, catalogue, join_words, setting, written
 from plumbline.params.tree import Node, find, show
 
 _EXPECTED_OF_FIELD = frozenset(
@@ -27,15 +27,20 @@ _EXPECTED_OF_FIELD = frozenset(
         "string_pattern_mismatch",
         "literal_error",
         "dict_type",
+        "list_type",
+        "too_short",
     }
 )
 _NOT_A_SECTION = frozenset({"model_type", "model_attributes_type", "dict_type"})
 
 
-def explain(error: ValidationError, tree: Node) -> list[str]:
-    """Return one line a fault, `ORIGIN: dotted.key: what is wrong`, in the schema's order."""
+def explain(error: ValidationError, tree: Node, known: Catalogue | None = None) -> list[str]:
+    """Return one line a fault, `ORIGIN: dotted.key: what is wrong`, in the schema's order.
+
+    `known` are the keys of the schema that was broken; those of an experiment if not given.
+    """
     faults = error.errors(include_url=False)
-    return [_line(fault, tree) for fault in faults]
+    return [_line(fault, tree, known or catalogue()) for fault in faults]
 
 
 def idle_keys(tree: Node) -> dict[str, str]:
@@ -72,30 +77,32 @@ def fault_line(origin: str, key: str, text: str) -> str:
     return f"{origin}: {key}: {text}" if key else f"{origin}: {text}"
 
 
-def _line(fault: Mapping[str, Any], tree: Node) -> str:
-    path, choice = _without_tag(fault["loc"])
+def _line(fault: Mapping[str, Any], tree: Node, known: Catalogue) -> str:
+    path, choice = _without_tag(fault["loc"], known)
     kind = fault["type"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        path = (*path, catalogue().discriminators[".".join(path)])
-        return fault_line(_origin(tree, path), ".".join(path), _wrong_tag(path, tree))
+        path = (*path, known.discriminators[".".join(path)])
+        return fault_line(_origin(tree, path), ".".join(path), _wrong_tag(path, tree, known))
     key = ".".join(path)
     if kind in ("value_error", "assertion_error"):
         message = str(fault["ctx"]["error"])
-        return fault_line(_origins_named(tree, path, message), key, message)
+        return fault_line(_origins_named(tree, path, message, known), key, message)
     if kind == "extra_forbidden":
-        return fault_line(_origin(tree, path), key, _unknown(path, choice))
+        return fault_line(_origin(tree, path), key, _unknown(path, choice, known))
     if path[-1] == "[key]":
         *mapping, name = path[:-1]
-        named = _field(tuple(mapping), choice)
+        named = _field(tuple(mapping), choice, known)
         expected = named.entries[0] if named and named.entries else fault["msg"]
         text = f"expected each key to be {expected}, got {show(name)}"
         return fault_line(_origin(tree, path), ".".join(mapping), text)
-    return fault_line(_origin(tree, path), key, _unexpected(fault, path, choice))
+    return fault_line(_origin(tree, path), key, _unexpected(fault, path, choice, known))
 
 
-def _unexpected(fault: Mapping[str, Any], path: tuple[str, ...], choice: str | None) -> str:
+def _unexpected(
+    fault: Mapping[str, Any], path: tuple[str, ...], choice: str | None, known: Catalogue
+) -> str:
     """Say what the schema expects of a value that is missing or wrong."""
-    field = _field(path, choice)
+    field = _field(path, choice, known)
     got = show(fault["input"])
     if fault["type"] == "missing" and field:
         needed = f" with {choice}" if choice else ""
@@ -110,19 +117,19 @@ def _unexpected(fault: Mapping[str, Any], path: tuple[str, ...], choice: str | N
     return f"expected {field.expected}, got {got}" + ("; put it in quotes" if quote else "")
 
 
-def _field(path: tuple[str, ...], choice: str | None) -> FieldDoc | None:
+def _field(path: tuple[str, ...], choice: str | None, known: Catalogue) -> FieldDoc | None:
     """Return the field at a path, or what its mapping expects of an entry."""
-    if field := catalogue().field(".".join(path), choice):
+    if field := known.field(".".join(path), choice):
         return field
-    mapping = catalogue().field(".".join(path[:-1]), choice)
+    mapping = known.field(".".join(path[:-1]), choice)
     if mapping and mapping.entries:
         return FieldDoc(".".join(path), mapping.entries[1], "required", mapping.description)
     return None
 
 
-def _unknown(path: tuple[str, ...], choice: str | None) -> str:
+def _unknown(path: tuple[str, ...], choice: str | None, known: Catalogue) -> str:
     """Say which key an unknown one may stand for."""
-    key, known = ".".join(path), catalogue()
+    key = ".".join(path)
     if "." in path[-1]:
         return "unknown key; a dotted key is for --set, in a file write the sections as mappings"
     if key == "extends":
@@ -135,20 +142,22 @@ def _unknown(path: tuple[str, ...], choice: str | None) -> str:
     return f"unknown key; expected one of {', '.join(names)}"
 
 
-def _wrong_tag(path: tuple[str, ...], tree: Node) -> str:
-    field = catalogue().field(".".join(path))
+def _wrong_tag(path: tuple[str, ...], tree: Node, known: Catalogue) -> str:
+    field = known.field(".".join(path))
     node = find(tree, path)
     got = show(node.value) if node else "nothing"
     return f"expected {field.expected if field else 'a valid choice'}, got {got}"
 
 
-def _without_tag(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], str | None]:
+def _without_tag(
+    loc: tuple[int | str, ...], known: Catalogue
+) -> tuple[tuple[str, ...], str | None]:
     """Split pydantic's location into the path a user wrote and the choice it went through.
 
     Pydantic puts the discriminator's value into the location: (model, scratch, layers).
     """
     path = tuple(str(part) for part in loc)
-    for section, name in catalogue().discriminators.items():
+    for section, name in known.discriminators.items():
         depth = len(section.split("."))
         if path[:depth] == tuple(section.split(".")) and len(path) > depth:
             return (*path[:depth], *path[depth + 1 :]), f"{section}.{name}={path[depth]}"
@@ -165,21 +174,21 @@ def _origin(tree: Node, path: tuple[str, ...]) -> str:
     return node.origin
 
 
-def _origins_named(tree: Node, path: tuple[str, ...], message: str) -> str:
+def _origins_named(tree: Node, path: tuple[str, ...], message: str, known: Catalogue) -> str:
     """Return where the keys that the message names below `path` were written."""
     section = find(tree, path)
     prefix = "".join(f"{name}." for name in path)
     named = [
         origin
-        for key, origin in (_leaves(section, prefix) if section else [])
+        for key, origin in (_leaves(section, prefix, known) if section else [])
         if re.search(rf"(?<![\w.]){re.escape(key.removeprefix(prefix))}(?![\w.])", message)
     ]
     return ", ".join(dict.fromkeys(named)) or _origin(tree, path)
 
 
-def _leaves(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
+def _leaves(node: Node, prefix: str, known: Catalogue) -> Iterator[tuple[str, str]]:
     for name, child in node.children.items():
-        if isinstance(child.value, dict) and f"{prefix}{name}" not in catalogue().mappings:
-            yield from _leaves(child, f"{prefix}{name}.")
+        if isinstance(child.value, dict) and f"{prefix}{name}" not in known.mappings:
+            yield from _leaves(child, f"{prefix}{name}.", known)
         else:
             yield f"{prefix}{name}", child.origin

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from plumbline.params.schema import Experiment, FunctionName
+from plumbline.params.schema import Experiment, FunctionName, Params
 
 _OTHER_SECTION = 0.25
 _ALIKE = 0.6
@@ -85,10 +85,10 @@ class Catalogue:
 
 
 @cache
-def catalogue() -> Catalogue:
-    """Return what the schema of `Experiment` holds, read from its JSON schema."""
-    schema = Experiment.model_json_schema()
-    defaults = Experiment().model_dump(mode="json")
+def catalogue(params: type[Params] = Experiment) -> Catalogue:
+    """Return what a schema holds, read from its JSON schema."""
+    schema = params.model_json_schema()
+    defaults = {} if "required" in schema else params().model_dump(mode="json")
     rows = list(_walk(schema, schema["$defs"], defaults, ""))
     return Catalogue(
         fields=tuple(row for row in rows if isinstance(row, FieldDoc)),
@@ -233,6 +233,8 @@ def _words(field: dict[str, Any]) -> str:
         if bound in field
     ]
     words = [names[field["type"]], " and ".join(bounds)]
+    if field.get("minItems"):
+        words.append("that is not empty")
     if field.get("minLength"):
         words.append("that is not empty" if field["minLength"] == 1 else "that is longer")
     if "pattern" in field:

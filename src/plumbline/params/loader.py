@@ -24,9 +24,13 @@ __all__ = [
     "describe_fields",
     "find_params",
     "flatten",
+    "is_sweep",
     "list_experiments",
     "load_experiment",
 ]
+
+SWEEP = "sweep"
+"""The key that makes a file a sweep."""
 
 Scalar = str | int | float | bool | None
 
@@ -65,7 +69,7 @@ def find_params(name_or_path: str, folder: Path) -> Path:
         # os.path.isfile, unlike Path.is_file, takes names that no file can have.
         if os.path.isfile(candidate):
             return candidate
-    names = [path.stem for path in _files(folder)]
+    names = [path.stem for path in params_files(folder)]
     near = get_close_matches(given.stem, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ";"
     there = f"{folder} holds {', '.join(names)}" if names else f"{folder} holds no experiments"
@@ -75,17 +79,29 @@ def find_params(name_or_path: str, folder: Path) -> Path:
 def list_experiments(folder: Path) -> list[ExperimentFile]:
     """Return the experiments of a folder by name; files whose names begin with _ are bases.
 
+    Sweeps are no experiments (`plumbline.params.sweep.list_sweeps`).
+
     Raises:
         ParamsError: There is no such folder. A file that does not load is listed with its error.
     """
     listed = []
-    for path in _files(folder):
+    for path in params_files(folder):
+        if is_sweep(path):
+            continue
         try:
             description = load_experiment(str(path), folder).experiment.description
             listed.append(ExperimentFile(path.stem, path, description))
         except ParamsError as error:
             listed.append(ExperimentFile(path.stem, path, "", str(error)))
     return listed
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a params file declares a sweep; one that can't be read does not."""
+    try:
+        return SWEEP in read_file(path, str(path)).children
+    except ParamsError:
+        return False
 
 
 def load_experiment(name_or_path: str, folder: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -133,7 +149,12 @@ def flatten(experiment: BaseModel | Mapping[str, object], prefix: str = "") -> d
     return flat
 
 
-def _files(folder: Path) -> list[Path]:
+def params_files(folder: Path) -> list[Path]:
+    """Return the YAML files of a folder by name, less those whose names begin with _.
+
+    Raises:
+        ParamsError: There is no such folder.
+    """
     if not folder.is_dir():
         raise ParamsError(f"no folder {folder}; run this in the project's root")
     found = (path for path in folder.glob("*.yaml") if not path.name.startswith("_"))
@@ -147,7 +168,11 @@ def _read_chain(path: Path, folder: Path) -> tuple[Node, tuple[Path, ...]]:
     following: Path | None = path
     while following is not None:
         chain.append(following)
-        root = _read(following, _label(following, folder))
+        root = read_file(following, label_of(following, folder))
+        if sweep := root.children.get(SWEEP):
+            text = "this file is a sweep, not an experiment; run it with"
+            command = f"`plumbline sweep {following.stem}`"
+            raise ParamsError(fault_line(sweep.origin, SWEEP, f"{text} {command}"))
         extends = root.children.get("extends")
         layers.append(Node({k: v for k, v in root.children.items() if k != "extends"}, root.origin))
         following = _base(extends, chain, folder) if extends else None
@@ -170,12 +195,12 @@ def _base(extends: Node, chain: list[Path], folder: Path) -> Path:
         text = f"expected the name of one file, got {show(extends.value)}"
         raise ParamsError(fault_line(extends.origin, "extends", text))
     base = Path(os.path.normpath(chain[-1].parent / extends.value))
-    steps = " -> ".join(_label(path, folder) for path in (*chain, base))
+    steps = " -> ".join(label_of(path, folder) for path in (*chain, base))
     if not os.path.isfile(base):
         names = sorted(path.name for path in base.parent.glob("*.yaml"))
         near = get_close_matches(base.name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        text = f"no file {_label(base, folder)} ({steps}){hint}"
+        text = f"no file {label_of(base, folder)} ({steps}){hint}"
         raise ParamsError(fault_line(extends.origin, "extends", text))
     if any(os.path.samefile(base, path) for path in chain):
         text = f"the files extend each other: {steps}; remove one extends"
@@ -183,8 +208,16 @@ def _base(extends: Node, chain: list[Path], folder: Path) -> Path:
     return base
 
 
-def _read(path: Path, label: str) -> Node:
-    """Return the tree of one file, whose top level is a mapping."""
+def read_file(path: Path, label: str) -> Node:
+    """Return the tree of one file, whose top level is a mapping.
+
+    Args:
+        path: Of the file.
+        label: How messages name it.
+
+    Raises:
+        ParamsError: The file cannot be read, is empty, or is no YAML mapping.
+    """
     try:
         raw = path.read_bytes()
         # The mark that some editors put first would otherwise be part of the first key.
@@ -227,7 +260,7 @@ def _parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     return parsed, faults
 
 
-def _label(path: Path, folder: Path) -> str:
+def label_of(path: Path, folder: Path) -> str:
     """Return how messages name a file: from the project's root, where it lies inside."""
     absolute = Path(os.path.abspath(path))
     root = Path(os.path.abspath(folder)).parent

@@ -1,0 +1,45 @@
+"""Where a run stands in a sweep, if it is one of its points."""
+
+from contextvars import ContextVar
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """A point's place."""
+
+    sweep_run_id: str
+    """MLflow's id of the sweep's run."""
+    sweep: str
+    """Name of that run."""
+    number: int
+    """Of the point, from 1."""
+    label: str
+    """What the point sets."""
+
+    def tags(self) -> dict[str, str]:
+        """What the point's run in MLflow says of it."""
+        return {
+            "mlflow.parentRunId": self.sweep_run_id,
+            "plumbline.sweep": self.sweep,
+            "plumbline.point": str(self.number),
+            "plumbline.point.label": self.label,
+        }
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
+
+
+def place_in_sweep() -> Place | None:
+    """The place of the run that this process makes; None outside of a sweep."""
+    return _place.get()
+
+
+def flow_tags() -> list[str]:
+    """What the flow run of this process says of its sweep, if there is one."""
+    place = place_in_sweep()
+    return [f"sweep:{place.sweep}"] if place else []
+
+
+def take_place(place: Place) -> None:
+    """Make the runs of this process points of a sweep."""
+    _place.set(place)
