@@ -100,7 +100,8 @@ class Up:
     def steps(self, run: str) -> dict[str, str]:
         """The state of each step of a run."""
         body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        return {task["name"]: task["state_name"] for task in self.ask("task_runs/filter", body)}
+        tasks = self.ask("task_runs/filter", body)
+        return {task["name"].rpartition("-")[0]: task["state_name"] for task in tasks}
 
 
 def free_ports() -> tuple[int, int]:
