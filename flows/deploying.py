@@ -260,7 +260,9 @@ def runs_under_way() -> list[dict[str, Any]]:
     """The flow runs that are in progress, the newest first."""
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNDER_WAY))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state), limit=PAGE)
+        runs: list[Any] = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=state), limit=PAGE
+        )
         ids = [run.deployment_id for run in runs if run.deployment_id]
         wanted = DeploymentFilter(id=DeploymentFilterId(any_=ids))
         found = client.read_deployments(deployment_filter=wanted) if ids else []

@@ -42,7 +42,7 @@ def _schedules(deployment: str, schedules: Any) -> list[str]:
     """The slugs of schedules; without one it could not be told which of them was changed."""
     if not isinstance(schedules, list):
         raise ParamsError(f"prefect.yaml: {deployment}: expected `schedules` to be a list")
-    slugs = [one.get("slug") if isinstance(one, dict) else None for one in schedules]
-    if not all(isinstance(slug, str) and slug for slug in slugs):
+    slugs = [one.get("slug") for one in schedules if isinstance(one, dict)]
+    if len(slugs) < len(schedules) or not all(isinstance(s, str) and s for s in slugs):
         raise ParamsError(f"prefect.yaml: {deployment}: expected each schedule to have a `slug`")
-    return slugs
+    return [str(slug) for slug in slugs]

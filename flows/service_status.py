@@ -127,15 +127,17 @@ def show_status(console: Console, found: Status) -> None:
         )
     console.print(table)
     if found.deployments:
+        console.print()
         console.print(_deployments(found))
     if found.runs:
+        console.print()
         console.print(_runs(found))
     elif found.services[PREFECT].state in GOOD:
         console.print("\nNo run in progress.")
 
 
 def _deployments(found: Status) -> Table:
-    table = Table("deployment", "pool", "schedule", "", box=None, pad_edge=False, title="")
+    table = Table("deployment", "pool", "schedule", "", box=None, pad_edge=False)
     for one in found.deployments:
         for schedule in one["schedules"] or [None]:
             words = Text("none", "dim") if schedule is None else Text(schedule["when"])
@@ -146,7 +148,7 @@ def _deployments(found: Status) -> Table:
 
 
 def _runs(found: Status) -> Table:
-    table = Table("run", "state", "deployment", "since", "id", box=None, pad_edge=False, title="")
+    table = Table("run", "state", "deployment", "since", "id", box=None, pad_edge=False)
     for run in found.runs:
         since = (run["since"] or "")[:19].replace("T", " ")
         table.add_row(run["name"], run["state"], run["deployment"] or "", since, run["id"])

@@ -186,7 +186,7 @@ def _start_servers(
         if address := to_start.get(MLFLOW):
             say(f"starting MLflow at {address.url} …")
             if (uri := tracking_uri(project)).startswith("sqlite:///"):
-                until_open.enter_context(opening(MLFLOW, Path(uri.removeprefix("sqlite:///"))))
+                until_open.enter_context(opening("mlflow", Path(uri.removeprefix("sqlite:///"))))
             _note(home, state, MLFLOW, _start_mlflow(project, address))
         for name, path in ((MLFLOW, "/health"), (PREFECT, "/api/health")):
             service = state.services.get(name)
