@@ -46,6 +46,9 @@ LONG = {"rl": {"episodes": 4800}}
 """An RL step of some thirty seconds."""
 
 
+UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+
+
 class Up:
     """A project whose services are up, and their APIs."""
 
@@ -66,16 +69,22 @@ class Up:
         return value
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """Call Prefect's API."""
+        """Call Prefect's API; 503 means that its database was locked just then."""
         request = urllib.request.Request(
             f"{self.prefect}/api/{path}",
             json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json"},
             method=method,
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for attempt in range(10):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or attempt == 9:
+                    raise
+                time.sleep(0.5)
 
     def deployment(self, name: str = "tiny") -> dict[str, Any]:
         found: dict[str, Any] = self.ask(f"deployments/name/align/{name}")
@@ -93,7 +102,7 @@ class Up:
             found: dict[str, Any] = self.ask(f"flow_runs/{run}")
             if found["state_type"] in states:
                 return found
-            assert found["state_type"] in ("SCHEDULED", "PENDING", "RUNNING"), found["state"]
+            assert found["state_type"] in UNDER_WAY, found["state"]
             assert time.monotonic() < deadline, found["state"]
             time.sleep(0.3)
 
@@ -144,6 +153,19 @@ def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def start_long(up: Up) -> str:
+    """Start a run; returns once its RL step computes and has saved its state."""
+    run = up.start(params=LONG, overrides=["checkpoints.every_steps=5"])
+    up.wait(run, "RUNNING")
+    wait_for(lambda: any((up.project.home / "locks").glob("rl-*.lock")) and saved(up))
+    return run
+
+
+def saved(up: Up) -> bool:
+    """Whether the RL step has a checkpoint."""
+    return any((up.project.home / "checkpoints").glob("rl-*/[!.]*"))
 
 
 def status_of(url: str, **headers: str) -> int:
@@ -251,11 +273,17 @@ def test_from_up_to_down(up):
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
 
+    # A run that is cancelled in the UI saves its state, before Prefect would kill it.
+    cancelled = start_long(up)
+    state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": True}
+    up.ask(f"flow_runs/{cancelled}/set_state", state)
+    # Where Prefect's word of a cancellation comes after the signal, it counts as a crash.
+    up.wait(cancelled, "CANCELLED", "CRASHED", seconds=60)
+    wait_for(lambda: up.steps(cancelled)["rl"] == "Crashed")
+    assert saved(up)
+
     # `down` ends all; a run in progress saves its state and is marked.
-    long = up.start(params=LONG)
-    checkpoints = up.project.home / "checkpoints"
-    up.wait(long, "RUNNING")
-    wait_for(lambda: any((up.project.home / "locks").glob("rl-*.lock")))
+    long = start_long(up)
     assert [run["id"] for run in up.cli("status")["runs"]] == [long]
     began = time.monotonic()
     ended = up.cli("down")
@@ -263,7 +291,7 @@ def test_from_up_to_down(up):
     assert ended == {
         "services": ["mlflow", "prefect", "worker-local"], "runs": [long], "killed": [],
     }  # fmt: skip
-    assert any(checkpoints.glob("rl-*/[!.]*"))
+    assert saved(up)
     assert query(up, f"select state_type from flow_run where id = '{long}'") == [("CRASHED",)]
     assert of_the_home(up.project) == []
     assert up.cli("down") == {"services": [], "runs": [], "killed": []}
