@@ -9,6 +9,8 @@ from typing import Any
 from prefect import flow, runtime
 from prefect.context import TagsContext
 
+from flows.gpu import gpu_slot
+from flows.naming import flow_run_name, run_name
 from flows.place import place_in_sweep
 from flows.reports import read_samples, write_report
 from flows.stopping import cancellable
@@ -55,7 +57,7 @@ TASKS: dict[StepName, Any] = {
 }
 
 
-@flow(name="align", flow_run_name="{experiment}", persist_result=False)
+@flow(name="align", flow_run_name=flow_run_name, persist_result=False)
 def align(
     experiment: str = "quickstart",
     overrides: list[str] | None = None,
@@ -122,7 +124,8 @@ def _check_unedited() -> None:
 
 
 def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.PipelineRun:
-    name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{runtime.flow_run.id[:4]}"
+    named = run_name(loaded.name, loaded.overrides)
+    name = f"{named}-{time.strftime('%Y%m%d-%H%M%S')}-{runtime.flow_run.id[:4]}"
     tags = {
         "plumbline.experiment": loaded.name,
         "plumbline.overrides": json.dumps(loaded.overrides),
@@ -166,11 +169,10 @@ def _run_steps(
             fresh = name in refresh or not _is_made(project, name, key, digests)
             # Before the result, which a kill may leave alone: a plan explains by them.
             write_ingredients(project.home, key, parts)
+            task = TASKS[name].with_options(refresh_cache=fresh)
             # The flow run's tags on a task would be names of limits, each asked of the server.
-            with TagsContext(current_tags=set()):
-                state = TASKS[name].with_options(refresh_cache=fresh)(
-                    **arguments, run=own, return_state=True
-                )
+            with TagsContext(current_tags=set()), gpu_slot(name, fresh):
+                state = task(**arguments, run=own, return_state=True)
             results[name] = state.result()
             ran = state.name != "Cached"
             discard_checkpoints(project.home, key)

@@ -1,4 +1,4 @@
-"""The command line: `plumbline run`, `plan`, `compare`, `sweep`, `reproduce`, `data` and more.
+"""The command line: `plumbline run`, `plan`, `compare`, `sweep`, `up`, `data` and more.
 
 Frameworks are imported inside the commands, so that `--help` and `plan` stay quick.
 """
@@ -461,6 +461,85 @@ def verify() -> None:
         show_verified(out, found)
         if found.damaged:
             raise typer.Exit(FAILED)
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Prefect's port; 4200 at first.")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="MLflow's port; 5000 at first.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Where both listen; at first 127.0.0.1, for this machine.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Start Prefect, MLflow and a worker in the background, and deploy prefect.yaml.
+
+    What is up already stays; what died is started again; a changed prefect.yaml is deployed.
+    """
+    with _errors_as_exit_codes(), terminable():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.service_status import find_status, named_servers, show_status
+        from flows.starting import Wanted, bring_up
+
+        named = named_servers(project)
+        wanted = Wanted(host, {"prefect": prefect_port, "mlflow": mlflow_port})
+        bring_up(project, wanted, _say, _warn)
+        found = find_status(project, named)
+        if json_file:
+            _write_json(json_file, found.model_dump(mode="json"))
+        show_status(out, found)
+        if not found.up:
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def down(json_file: JsonFile = None) -> None:
+    """End what `up` started; runs in progress save a checkpoint first."""
+    with _errors_as_exit_codes(), terminable():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.ending import take_down
+
+        ended = take_down(project, _say)
+        if json_file:
+            _write_json(json_file, ended.model_dump(mode="json"))
+        for run in ended.runs:
+            out.print(f"stopped the run {run}")
+        if ended.killed:
+            out.print(f"[yellow]killed[/yellow], since they did not end: {ended.killed}")
+        names = ", ".join(ended.services)
+        out.print(f"[green]ended[/green]: {names}" if names else "Nothing was up.")
+
+
+@app.command()
+def status(json_file: JsonFile = None) -> None:
+    """Say what is up, what is scheduled and which runs are in progress; exits with 0 if all is."""
+    with _errors_as_exit_codes():
+        project = _project()
+        _check_writable(json_file)
+        from flows.service_status import find_status, named_servers, show_status
+
+        found = find_status(project, named_servers(project))
+        if json_file:
+            _write_json(json_file, found.model_dump(mode="json"))
+        show_status(out, found)
+        if not found.up:
+            raise typer.Exit(FAILED)
+
+
+def _say(text: str) -> None:
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    err.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _project() -> Project:

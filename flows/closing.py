@@ -7,13 +7,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.environment import database_uri
 from flows.headline import estimates, headline
 from flows.prefect_server import is_own
+from flows.service_status import running_url
+from flows.services import MLFLOW, PREFECT
 from flows.summary import RunSummary
 from plumbline.project import Project
 
 SHOWN_SAMPLES = 4
+START = "plumbline up"
 
 
 def show_summary(console: Console, project: Project, summary: RunSummary) -> None:
@@ -58,20 +60,14 @@ def _ways_on(console: Console, project: Project, summary: RunSummary) -> None:
 
 def ui_commands(project: Project) -> dict[str, str]:
     """How to open the UIs on this project's runs: a command, or the address of a running server."""
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", database_uri(project.home))
-    prefect_home = os.environ.get("PREFECT_HOME", str(project.home / "prefect"))
-    prefect_api = None if is_own() else os.environ.get("PREFECT_API_URL")
-    mlflow_command = (
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 "
-        f"--backend-store-uri {tracking}   → http://127.0.0.1:5000"
-    )
-    prefect_command = (
-        f"PREFECT_HOME={prefect_home} PREFECT_UI_API_URL=/api .venv/bin/prefect server start"
-        "   → http://127.0.0.1:4200"
-    )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    named = {
+        MLFLOW: tracking if tracking.startswith("http") else None,
+        PREFECT: None if is_own() else os.environ.get("PREFECT_API_URL"),
+    }
     return {
-        "MLflow": tracking if tracking.startswith("http") else mlflow_command,
-        "Prefect": prefect_api.removesuffix("/api") if prefect_api else prefect_command,
+        label: (named[name] or running_url(project, name) or START).removesuffix("/api")
+        for label, name in {"MLflow": MLFLOW, "Prefect": PREFECT}.items()
     }
 
 

@@ -1,8 +1,10 @@
 """The Prefect server of runs that no other server was named for: one a project, while it is used.
 
 The runs of a project share it. It ends by itself soon after the last of them, however that ended.
+While `plumbline up` is on, its server takes the place of this one: it stays, and has pages.
 
-    python -m flows.prefect_server HOME LISTENER ALIVE      is how `join_server` starts it
+    python -m flows.prefect_server HOME LISTENER ALIVE           is how `join_server` starts it
+    python -m flows.prefect_server HOME LISTENER ALIVE NAMES     is how `plumbline up` does
 """
 
 import fcntl
@@ -15,25 +17,47 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from flows.hosts import LOOPBACK, App, Gate
 from plumbline.errors import MachineError
 from tasks.templates import copy_template
+
+T = TypeVar("T")
 
 LINGER_SECONDS = 3.0
 """How long a server waits for the next run before it ends."""
 START_SECONDS = 120.0
 """The first start in a new home makes the database, which takes longest."""
 
+SHARED, LASTING = "server.alive", "server.up"
+"""Files whose locks say that the server of the runs, or that of `plumbline up`, is alive."""
+USERS = {SHARED: "server.users", LASTING: "server.up.users"}
+"""Files whose locks say that a run uses the one or the other."""
+
 WITHOUT_PAGES = {
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
     "PREFECT_UI_ENABLED": "0",
 }
-"""Makes the server start sooner; the pages are for `prefect server start`, on the same database."""
+"""Makes the server start sooner; the pages are for `plumbline up`, on the same database."""
 
-_held: list[int] = []
-"""Descriptors whose locks say that this process uses the server; they go with the process."""
+WITH_PAGES = {
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    # The pages would call port 4200 otherwise, wherever they are.
+    "PREFECT_UI_API_URL": "/api",
+    # In memory they would be lost with the server, and the slots that they hold never freed.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+}
+
+_held: dict[str, int] = {}
+"""Descriptors whose locks say that this process uses a server; they go with the process."""
 
 
 def join_server(home: Path) -> None:
@@ -44,26 +68,22 @@ def join_server(home: Path) -> None:
     """
     if os.environ.get("PREFECT_API_URL"):
         return
-    folder = home / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    users = os.open(folder / "server.users", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(users, fcntl.LOCK_SH)
-    _held.append(users)
-    starting = os.open(folder / "server.starting", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(starting, fcntl.LOCK_EX)
-    try:
-        port = _running_port(folder)
-        if port is None:
-            copy_template("prefect", folder / "prefect.db")
-            port = _start(home, folder)
-    finally:
-        os.close(starting)
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    folder = _folder(home)
+    users = _locked(folder / USERS[SHARED], fcntl.LOCK_SH)
+    with _starting(folder):
+        api = _running(folder, LASTING)
+        if api is not None:
+            _held[LASTING] = _locked(folder / USERS[LASTING], fcntl.LOCK_SH)
+            os.close(users)
+        else:
+            _held[SHARED] = users
+            api = _running(folder, SHARED) or _start(home, folder)
+    os.environ["PREFECT_API_URL"] = api
 
 
 def is_own() -> bool:
-    """Whether this process uses the project's own server, which ends with it and has no pages."""
-    return bool(_held)
+    """Whether this process uses the server of the runs, which ends with them and has no pages."""
+    return SHARED in _held
 
 
 def wait_for_server(home: Path) -> None:
@@ -73,53 +93,144 @@ def wait_for_server(home: Path) -> None:
         MachineError: it does not start, or a server that was named can't be reached.
     """
     api = os.environ["PREFECT_API_URL"]
-    own = is_own()
-    deadline = time.monotonic() + (START_SECONDS if own else 10.0)
+    joined = next(iter(_held), None)
+    deadline = time.monotonic() + (START_SECONDS if joined else 10.0)
     while time.monotonic() < deadline:
         try:
             # The port listens from the first moment, and a request waits in line.
             with urllib.request.urlopen(f"{api}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            if own and _running_port(home / "prefect") is None:
+            if joined and _running(home / "prefect", joined) is None:
                 break
             time.sleep(0.1)
     log = home / "prefect" / "server.log"
+    own = joined == SHARED
     said = log.read_text(errors="replace")[-2000:] if own and log.exists() else ""
     raise MachineError(
         f"Prefect's server at {api} does not answer. "
-        + (f"Its log, {log}, ends:\n{said}" if own else "Start it, or unset PREFECT_API_URL.")
+        + (f"Its log, {log}, ends:\n{said}" if own else "")
+        + ("" if joined else "Start it, or unset PREFECT_API_URL.")
+        + ("`plumbline up` mends it." if joined == LASTING else "")
     )
 
 
-def _running_port(folder: Path) -> int | None:
-    """The port of the project's server, or None where its process is gone."""
+def start_lasting(
+    home: Path,
+    listener: socket.socket,
+    api: str,
+    names: Sequence[str],
+    launch: Callable[[list[str], tuple[int, ...]], T],
+) -> T:
+    """Start the server of `plumbline up`, which the project's runs join from then on.
+
+    Runs that use the server of the runs already stay with it: both work on the same database.
+
+    Args:
+        home: the project's folder for generated files.
+        listener: a listening socket.
+        api: URL at which this machine reaches the API.
+        names: by which the server may be called.
+        launch: starts a command that inherits these descriptors, and returns what it started.
+
+    Raises:
+        MachineError: one is alive.
+    """
+    folder = _folder(home)
+    with _starting(folder):
+        copy_template("prefect", folder / "prefect.db")
+        if _running(folder, LASTING) is not None:
+            raise MachineError(
+                f"A Prefect server of `plumbline up` is alive that {home} has no record of. End it "
+                "with `plumbline down`, then try again."
+            )
+        alive = _locked(folder / LASTING, fcntl.LOCK_EX)
+        try:
+            _note(alive, api)
+            command = _command(home, listener.fileno(), alive)
+            return launch([*command, ",".join(names)], (listener.fileno(), alive))
+        finally:
+            os.close(alive)
+
+
+@contextmanager
+def closing_lasting(home: Path) -> Iterator[bool]:
+    """Let no run join a server inside the context; yields whether one uses that of `up` now."""
+    folder = _folder(home)
+    with _starting(folder):
+        users = os.open(folder / USERS[LASTING], os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            used = False
+        except BlockingIOError:
+            used = True
+        finally:
+            os.close(users)
+        yield used
+
+
+def _folder(home: Path) -> Path:
+    folder = home / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _locked(path: Path, operation: int) -> int:
+    """A descriptor of the file, locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with (folder / "server.alive").open() as alive:
+        fcntl.flock(descriptor, operation)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def _starting(folder: Path) -> Iterator[None]:
+    """Let one process at a time start, join or end a server."""
+    descriptor = _locked(folder / "server.starting", fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _running(folder: Path, kind: str) -> str | None:
+    """The API of a server, or None where its process is gone."""
+    try:
+        with (folder / kind).open() as alive:
             try:
                 fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(json.load(alive)["port"])
+                return str(json.load(alive)["api"])
     except (OSError, ValueError, KeyError):
         pass
     return None
 
 
-def _start(home: Path, folder: Path) -> int:
-    """Start the server in a process of its own; returns its port, which listens already."""
+def _note(alive: int, api: str) -> None:
+    os.ftruncate(alive, 0)
+    os.pwrite(alive, json.dumps({"api": api}).encode(), 0)
+
+
+def _command(home: Path, listener: int, alive: int) -> list[str]:
+    return [sys.executable, "-m", "flows.prefect_server", str(home), str(listener), str(alive)]
+
+
+def _start(home: Path, folder: Path) -> str:
+    """Start the server of the runs; returns its API, whose port listens already."""
+    copy_template("prefect", folder / "prefect.db")
     with socket.socket() as listener, (folder / "server.log").open("ab") as log:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
-        port = int(listener.getsockname()[1])
-        alive = os.open(folder / "server.alive", os.O_RDWR | os.O_CREAT, 0o600)
+        api = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        # The lock is the server's, too, since it has the same open file.
+        alive = _locked(folder / SHARED, fcntl.LOCK_EX)
         try:
-            # The lock is the server's, too, since it has the same open file.
-            fcntl.flock(alive, fcntl.LOCK_EX)
-            os.ftruncate(alive, 0)
-            os.pwrite(alive, json.dumps({"port": port}).encode(), 0)
-            command = [sys.executable, "-m", "flows.prefect_server", str(home)]
+            _note(alive, api)
             subprocess.Popen(
-                [*command, str(listener.fileno()), str(alive)],
+                _command(home, listener.fileno(), alive),
                 pass_fds=(listener.fileno(), alive),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -130,22 +241,35 @@ def _start(home: Path, folder: Path) -> int:
             )
         finally:
             os.close(alive)
-    return port
+    return api
 
 
-def serve(home: Path, listener: int, alive: int) -> None:
+def serve(home: Path, listener: int, alive: int, names: Sequence[str] | None = None) -> None:
     """Serve on a listening socket until nobody has used the server for a while.
 
     Args:
         home: the project's folder for generated files.
         listener: descriptor of the socket.
         alive: descriptor whose lock says that the server runs.
+        names: by which it may be called, of the server of `plumbline up`, which stays.
     """
     import uvicorn
 
-    app = "prefect.server.api.server:create_app"
+    def application() -> App:
+        from prefect.server.api.server import create_app
+
+        app: Any = create_app()
+        return Gate(app, names or LOOPBACK)
+
     server = uvicorn.Server(
-        uvicorn.Config(app, factory=True, fd=listener, log_level="error", lifespan="on")
+        uvicorn.Config(
+            application,
+            factory=True,
+            log_level="error",
+            lifespan="on",
+            # Pages keep a connection open as long as they are shown.
+            timeout_graceful_shutdown=3,
+        )
     )
 
     def watch() -> None:
@@ -155,8 +279,10 @@ def serve(home: Path, listener: int, alive: int) -> None:
         time.sleep(LINGER_SECONDS)
         os._exit(0)
 
-    threading.Thread(target=watch, daemon=True).start()
-    server.run()
+    if names is None:
+        threading.Thread(target=watch, daemon=True).start()
+    # Not by its descriptor, of which uvicorn makes a Unix socket, and sends every answer late.
+    server.run(sockets=[socket.socket(fileno=listener)])
 
 
 def _wait_until_unused(home: Path, alive: int) -> None:
@@ -179,4 +305,5 @@ def _wait_until_unused(home: Path, alive: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    named = sys.argv[4].split(",") if len(sys.argv) > 4 else None
+    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), named)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from types import FrameType
 from uuid import UUID
 
 SECONDS_BETWEEN_LOOKS = 3.0
+SECONDS_UNTIL_AGAIN = 0.2
 
 _cancelled: list[str] = []
 """The flow run of this process whose cancellation was seen."""
@@ -33,21 +35,48 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def insistent() -> Iterator[None]:
+    """Send this process a signal again whose exception was lost.
+
+    A handler raises between any two instructions of the main thread, also while Python clears
+    garbage away, where an exception goes nowhere.
+    """
+    before = sys.unraisablehook
+
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type.__name__ not in ("Terminated", "TerminationSignal", "KeyboardInterrupt"):
+            before(lost)
+            return
+        number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else signal.SIGTERM
+        # Not from here, which is the same place.
+        timer = threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
 def cancellable(flow_run_id: str) -> Iterator[None]:
     """Send this process SIGTERM when its flow run is cancelled in the Prefect UI.
 
     A run that a worker started is left to the worker, which does the same.
     """
-    if "PREFECT__FLOW_RUN_ID" in os.environ:
-        yield
-        return
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(flow_run_id, over), daemon=True)
-    watch.start()
-    try:
-        yield
-    finally:
-        over.set()
+    with insistent():
+        if "PREFECT__FLOW_RUN_ID" in os.environ:
+            yield
+            return
+        over = threading.Event()
+        watch = threading.Thread(target=_watch, args=(flow_run_id, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
 
 
 def _watch(flow_run_id: str, over: threading.Event) -> None:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -35,6 +36,16 @@ PAGE = 200
 def process_tag() -> str:
     """The tag of a flow run of this process."""
     return PROCESS_TAG + identity()
+
+
+def tag_flow_run() -> None:
+    """Tag the flow run of this context as this process's, where something else made the run.
+
+    A run that is tried again has another process each time, and only the last tag is true.
+    """
+    tags = [tag for tag in runtime.flow_run.tags if not tag.startswith(PROCESS_TAG)]
+    with SyncClientContext.get_or_create() as context:
+        context.client.update_flow_run(runtime.flow_run.id, tags=[*tags, process_tag()])
 
 
 def close_dead_runs(home: Path) -> None:

@@ -1,7 +1,6 @@
 """MLflow's client, which waits where MLflow is away for a while."""
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -22,7 +21,7 @@ from plumbline.errors import TrainingError
 from tasks.faults import passing, root_cause
 from tasks.progress import show_warning
 from tasks.spool import PAUSES
-from tasks.templates import copy_template
+from tasks.templates import opening
 
 T = TypeVar("T")
 
@@ -138,20 +137,11 @@ def gave_up(error: Exception | None = None) -> TrainingError:
 
 @contextlib.contextmanager
 def _opening(database: str | None) -> Iterator[None]:
-    """Let one process at a time open an SQLite store.
-
-    The first one makes its tables; two that make them together fail, or spoil them.
-    """
+    """Let one process at a time open an SQLite store."""
     if database is None:
         yield
         return
-    Path(database).parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{database}.opening").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        copy_template("mlflow", Path(database))
-        with _connection(database) as connection:
-            # Readers then don't wait for writers, and writes take half the time.
-            connection.execute("pragma journal_mode=WAL")
+    with opening("mlflow", Path(database), LOCK_SECONDS):
         yield
 
 

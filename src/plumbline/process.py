@@ -1,6 +1,5 @@
 """Which process did something, and whether it still lives."""
 
-import os
 import platform
 import sys
 from pathlib import Path
@@ -13,13 +12,17 @@ SECONDS_OF_DOUBT = 2.0
 """Clocks are read apart from each other; no number is given to two processes as fast as that."""
 
 
-def identity() -> str:
-    """This process: HOST/BOOT/PID/START.
+def identity(pid: int | None = None) -> str:
+    """This process, or that of another number: HOST/BOOT/PID/START.
 
     Another process never has the same, be it one that gets the same number later, or after a
     reboot, or in a container beside this one.
+
+    Raises:
+        psutil.NoSuchProcess: no process has that number.
     """
-    return "/".join((_host(), _boot(), str(os.getpid()), f"{_start(psutil.Process()):.2f}"))
+    process = psutil.Process(pid)
+    return "/".join((_host(), _boot(), str(process.pid), f"{_start(process):.2f}"))
 
 
 def alive(process: str) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from flows.stopping import Terminated, insistent, terminable
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject, Trained
@@ -149,6 +152,22 @@ def test_a_killed_run_is_closed_by_the_next_which_computes_nothing_twice(
     states = {run["id"]: run["state_type"] for run in flow_runs(served_project)}
     assert states[killed["id"]] == "CRASHED"
     assert list((served_project.home / "locks").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_while_garbage_is_cleared_away_is_heard(number):
+    class Garbage:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    def run() -> None:
+        with terminable(), insistent():
+            Garbage()
+            time.sleep(10)
+
+    with pytest.raises((Terminated, KeyboardInterrupt)):
+        run()
 
 
 @pytest.mark.parametrize("runs", [2, 4])

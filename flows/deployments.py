@@ -1,0 +1,56 @@
+"""What the deployments of prefect.yaml run: the same flow as on the command line, behind a form.
+
+Imports Prefect alone, so that the form is made, and a bad param refused, at once.
+"""
+
+from typing import Annotated, Any
+
+from prefect import flow
+from pydantic import WithJsonSchema
+
+from flows.form import as_overrides, experiment_schema, knobs_schema, overrides_schema
+from flows.naming import flow_run_name
+from flows.summary import RunSummary
+from plumbline.params.schema import StepName
+
+Choice = Annotated[str, WithJsonSchema(experiment_schema())]
+Knobs = Annotated[dict[str, Any], WithJsonSchema(knobs_schema())]
+Overrides = Annotated[list[str], WithJsonSchema(overrides_schema())]
+
+
+# Under the name of the command line's flow, so that all its runs stand together.
+@flow(name="align", flow_run_name=flow_run_name, persist_result=False)
+def align(
+    experiment: Choice = "quickstart",
+    params: Knobs = {},  # noqa: B006  Prefect reads the default, nobody writes to it
+    overrides: Overrides = [],  # noqa: B006
+    refresh: list[StepName] = [],  # noqa: B006
+    allow_dirty: bool = False,
+) -> RunSummary:
+    """Run an alignment experiment; steps whose inputs did not change come from the cache.
+
+    Args:
+        experiment: A file in params/. One that is new appears here after `plumbline up`.
+        params: What to change of it; a field that is left empty stays as the experiment says.
+        overrides: Changes to any other params, each as KEY=VALUE, for example sft.batch_size=8.
+        refresh: Steps to run again although nothing changed.
+        allow_dirty: Accept data that differs from data.dvc, and tag the run so.
+    """
+    from plumbline.params.loader import load_experiment
+    from plumbline.project import find_project, make_home
+    from tasks.disk import check_room
+    from tasks.sources import read_sources
+
+    texts = as_overrides(params, overrides)
+    project = find_project()
+    make_home(project.home)
+    loaded = load_experiment(experiment, project.params, texts)
+    check_room(project.home, loaded.experiment, project.root)
+    # Before the imports, so that an edit in between is seen.
+    read_sources()
+    from flows.alignment import align as run
+    from tasks.bookkeeping import tag_flow_run
+
+    tag_flow_run()
+    # The function, not the flow: a flow in a flow would be a run of its own in the UI.
+    return run.fn(experiment, texts, refresh, allow_dirty)

@@ -1,0 +1,304 @@
+"""`plumbline up`, runs of its deployments through the worker, and `plumbline down`, for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from flows import services
+from plumbline.params.schema import Experiment, steps_of
+
+if TYPE_CHECKING:
+    from tests.conftest import SmallProject
+
+STEPS = steps_of(Experiment())
+SECRET = "planted-7f3c1e-secret"
+DEPLOYMENTS = """\
+pull: []
+deployments:
+  - name: tiny
+    description: Every step in a few seconds.
+    tags: [test]
+    entrypoint: flows.deployments.align
+    parameters: {experiment: tiny}
+    concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
+    schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC, active: false}]
+    work_pool: {name: local}
+"""
+SECOND = """\
+  - name: second
+    entrypoint: flows.deployments.align
+    parameters: {experiment: tiny}
+    work_pool: {name: local}
+"""
+LONG = {"rl": {"episodes": 4800}}
+"""An RL step of some thirty seconds."""
+
+
+UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+
+
+class Up:
+    """A project whose services are up, and their APIs."""
+
+    def __init__(self, project: SmallProject, ports: tuple[int, int]) -> None:
+        self.project = project
+        self.options = ("--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+
+    def cli(self, command: str, *arguments: str, code: int = 0) -> dict[str, Any]:
+        """What `plumbline COMMAND --json` writes; checks its exit code."""
+        file = self.project.root / "said.json"
+        done = self.project.cli(
+            command, *arguments, "--json", str(file), PLUMBLINE_TEST_SECRET=SECRET
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        value: dict[str, Any] = json.loads(file.read_bytes())
+        file.unlink()
+        return value
+
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        """Call Prefect's API; 503 means that its database was locked just then."""
+        request = urllib.request.Request(
+            f"{self.prefect}/api/{path}",
+            json.dumps(body).encode() if body is not None else None,
+            {"Content-Type": "application/json"},
+            method=method,
+        )
+        for attempt in range(10):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or attempt == 9:
+                    raise
+                time.sleep(0.5)
+
+    def deployment(self, name: str = "tiny") -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"deployments/name/align/{name}")
+        return found
+
+    def start(self, **parameters: Any) -> str:
+        """Start a run of the deployment, as its form does; returns its id."""
+        path = f"deployments/{self.deployment()['id']}/create_flow_run"
+        return str(self.ask(path, {"parameters": parameters})["id"])
+
+    def wait(self, run: str, *states: str, seconds: float = 180) -> dict[str, Any]:
+        """Wait until a run is in one of the states."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found: dict[str, Any] = self.ask(f"flow_runs/{run}")
+            if found["state_type"] in states:
+                return found
+            assert found["state_type"] in UNDER_WAY, found["state"]
+            assert time.monotonic() < deadline, found["state"]
+            time.sleep(0.3)
+
+    def steps(self, run: str) -> dict[str, str]:
+        """The state of each step of a run."""
+        body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        tasks = self.ask("task_runs/filter", body)
+        return {task["name"].rpartition("-")[0]: task["state_name"] for task in tasks}
+
+
+def free_ports() -> tuple[int, int]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+    ):
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+@pytest.fixture
+def up(project: SmallProject) -> Iterator[Up]:
+    (project.root / "prefect.yaml").write_text(DEPLOYMENTS)
+    yield Up(project, free_ports())
+    project.cli("down")
+    for process in services.members(project.home):
+        process.kill()
+
+
+def of_the_home(project: SmallProject) -> list[psutil.Process]:
+    """The processes that were told to work on the project, other than by the mark of services."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("PLUMBLINE_HOME") == str(project.home)
+        except (psutil.Error, OSError):
+            continue
+        if ours and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def prefect_servers(project: SmallProject) -> list[int]:
+    words = {"flows.prefect_server", str(project.home)}
+    return [one.pid for one in of_the_home(project) if words <= set(one.cmdline())]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def start_long(up: Up) -> str:
+    """Start a run; returns once its RL step computes and has saved its state."""
+    run = up.start(params=LONG, overrides=["checkpoints.every_steps=5"])
+    up.wait(run, "RUNNING")
+    wait_for(lambda: any((up.project.home / "locks").glob("rl-*.lock")) and saved(up))
+    return run
+
+
+def saved(up: Up) -> bool:
+    """Whether the RL step has a checkpoint."""
+    return any((up.project.home / "checkpoints").glob("rl-*/[!.]*"))
+
+
+def status_of(url: str, **headers: str) -> int:
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        call()
+    assert caught.value.code in (409, 422)
+    return caught.value.read().decode()
+
+
+def query(up: Up, sql: str) -> list[Any]:
+    database = up.project.home / "prefect" / "prefect.db"
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+@pytest.mark.timeout(600)
+def test_from_up_to_down(up):
+    # A run of the command line is under way, on a server of its own.
+    file = up.project.root / "early.json"
+    early = up.project.start("run", "tiny", "--json", str(file))
+    wait_for(lambda: any((up.project.home / "locks").glob("*.lock")))
+    said = up.cli("up", *up.options)
+
+    # Everything is there, and says so.
+    assert said["up"]
+    assert {name: one["state"] for name, one in said["services"].items()} == {
+        "prefect": "up", "mlflow": "up", "worker-local": "up",
+    }  # fmt: skip
+    assert said["services"]["prefect"]["url"] == up.prefect
+    assert said["services"]["mlflow"]["url"] == up.mlflow
+    (deployment,) = said["deployments"]
+    assert (deployment["name"], deployment["pool"]) == ("align/tiny", "local")
+    assert [s["active"] for s in deployment["schedules"]] == [False]
+    assert up.cli("status")["services"] == said["services"]
+    assert {pool["name"] for pool in up.ask("work_pools/filter", {})} == {"local", "gpu"}
+    assert up.ask("v2/concurrency_limits/gpu")["limit"] == 1
+
+    # Foreign names and pages are refused.
+    for url in (
+        f"{up.prefect}/api/admin/version",
+        f"{up.mlflow}/api/2.0/mlflow/experiments/search",
+    ):
+        assert status_of(url, Host="evil.example") == 403
+    assert status_of(f"{up.prefect}/api/health", Origin="http://evil.example") == 403
+    assert status_of(f"{up.prefect}/") == 200
+    assert status_of(f"{up.mlflow}/") == 200
+
+    # Bad values are refused at submit; what only the loader sees, in the first second of the run.
+    assert "kl_coef" in refused(lambda: up.start(params={"rl": {"kl_coef": -1}}))
+    assert "Additional properties" in refused(lambda: up.start(params={"rl": {"klcoef": 1}}))
+    assert "not one of" in refused(lambda: up.start(experiment="tinny"))
+    assert refused(lambda: up.start(overrides=["rl.kl_coef"]))
+    assert refused(lambda: up.start(refresh=["evaluat"]))
+    bad = up.wait(up.start(overrides=["rl.klcoef=1"]), "FAILED")
+    assert (
+        "--set rl.klcoef=1: rl.klcoef: unknown key; did you mean rl.kl_coef?"
+        in (bad["state"]["message"])
+    )
+    assert bad["total_run_time"] < 5
+
+    # The run from before is over, where it was started, and is there to see.
+    assert early.wait(180) == 0, early.communicate()
+    early.communicate()
+    earlier = json.loads(file.read_bytes())["prefect_flow_run_id"]
+    assert up.ask(f"flow_runs/{earlier}")["state_type"] == "COMPLETED"
+    wait_for(lambda: len(prefect_servers(up.project)) == 1)
+
+    # A run of the deployment does every step, and the same again takes all from the cache.
+    first = up.start(params={"seed": 1})
+    found = up.wait(first, "COMPLETED")
+    assert found["name"] == "tiny-seed1"
+    # No seed is in it.
+    assert up.steps(first) == dict.fromkeys(STEPS, "Completed") | {"prepare_data": "Cached"}
+    again = up.start(params={"seed": 1})
+    up.wait(again, "COMPLETED")
+    assert up.steps(again) == dict.fromkeys(STEPS, "Cached")
+
+    # The command line's runs join the server, and take what the worker's runs made.
+    result = up.project.result("run", "--record", "--set", "seed=1")
+    assert {step["status"] for step in result["steps"].values()} == {"cached"}
+    assert up.ask(f"flow_runs/{result['prefect_flow_run_id']}")["state_type"] == "COMPLETED"
+    assert prefect_servers(up.project) == [said["services"]["prefect"]["pid"]]
+
+    # A second `up` deploys what changed, repairs what died, and leaves the rest as it is.
+    nightly = up.deployment()["schedules"][0]
+    path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
+    up.ask(path, {"active": True}, method="PATCH")
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + SECOND)
+    psutil.Process(said["services"]["mlflow"]["pid"]).kill()
+    after = up.cli("up")
+    assert after["services"]["prefect"] == said["services"]["prefect"]
+    assert after["services"]["worker-local"] == said["services"]["worker-local"]
+    assert after["services"]["mlflow"]["url"] == up.mlflow
+    assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
+    assert [one["name"] for one in after["deployments"]] == ["align/second", "align/tiny"]
+    assert after["deployments"][1]["schedules"][0]["active"]
+    up.ask(path, {"active": False}, method="PATCH")
+
+    # A run that is cancelled in the UI saves its state, before Prefect would kill it.
+    cancelled = start_long(up)
+    state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": True}
+    up.ask(f"flow_runs/{cancelled}/set_state", state)
+    # Where Prefect's word of a cancellation comes after the signal, it counts as a crash.
+    up.wait(cancelled, "CANCELLED", "CRASHED", seconds=60)
+    wait_for(lambda: up.steps(cancelled)["rl"] == "Crashed")
+    assert saved(up)
+
+    # `down` ends all; a run in progress saves its state and is marked.
+    long = start_long(up)
+    assert [run["id"] for run in up.cli("status")["runs"]] == [long]
+    began = time.monotonic()
+    ended = up.cli("down")
+    assert time.monotonic() - began < 60
+    assert ended == {
+        "services": ["mlflow", "prefect", "worker-local"], "runs": [long], "killed": [],
+    }  # fmt: skip
+    assert saved(up)
+    assert query(up, f"select state_type from flow_run where id = '{long}'") == [("CRASHED",)]
+    assert of_the_home(up.project) == []
+    assert up.cli("down") == {"services": [], "runs": [], "killed": []}
+    assert not up.cli("status", code=1)["up"]
+
+    # Nothing of the environment was written down anywhere.
+    for file in up.project.home.rglob("*"):
+        if file.is_file():
+            assert SECRET.encode() not in file.read_bytes(), file
+    assert os.environ.get("PLUMBLINE_TEST_SECRET") is None
