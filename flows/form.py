@@ -9,7 +9,7 @@ from typing import Any
 
 from plumbline.errors import ParamsError, PlumblineError
 from plumbline.params.fields import catalogue
-from plumbline.params.loader import flatten
+from plumbline.params.loader import flatten, is_sweep
 from plumbline.params.schema import Experiment
 from plumbline.project import find_project
 
@@ -40,12 +40,13 @@ KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaxi
 
 
 def experiment_schema() -> dict[str, Any]:
-    """JSON schema of the choice of an experiment: the files that are in params/ now."""
+    """JSON schema of the choice of an experiment: what is in params/ now, but sweeps."""
     try:
         folder = find_project().params
     except PlumblineError:
         return {"type": "string"}
-    names = sorted(p.stem for p in folder.glob("*.yaml") if not p.name.startswith("_"))
+    files = (path for path in folder.glob("*.yaml") if not path.name.startswith("_"))
+    names = sorted(path.stem for path in files if not is_sweep(path))
     return {"type": "string", "enum": names} if names else {"type": "string"}
 
 

@@ -71,6 +71,7 @@ def test_the_choice_is_what_params_holds_now(tmp_path, monkeypatch):
     (tmp_path / "data.dvc").write_text("")
     for name in ("b.yaml", "a.yaml", "_base.yaml"):
         (tmp_path / "params" / name).write_text("seed: 0\n")
+    (tmp_path / "params" / "s.yaml").write_text("sweep: {experiment: a, grid: {seed: [0, 1]}}\n")
     monkeypatch.chdir(tmp_path)
     assert experiment_schema() == {"type": "string", "enum": ["a", "b"]}
 
