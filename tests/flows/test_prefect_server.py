@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import prefect_server
+
 USE = """
 import os, sys
 from pathlib import Path
@@ -109,8 +111,8 @@ def test_a_killed_server_is_started_again(tmp_path):
     first.api()
     for server in servers(tmp_path):
         server.kill()
-    # It stays a zombie until its run ends, but has no command line any more.
-    wait_until(lambda: not servers(tmp_path))
+    # It stays a zombie until its run ends, and loses its files, and so its lock, last.
+    wait_until(lambda: prefect_server._running(tmp_path / "prefect", prefect_server.SHARED) is None)
     second = User(tmp_path)
 
     assert answers(second.api())
@@ -128,7 +130,6 @@ def test_a_server_that_was_named_is_used_as_it_is(tmp_path, prefect_api):
 
 
 def test_a_named_server_that_does_not_answer_is_an_error_that_says_so(monkeypatch, tmp_path):
-    from flows import prefect_server
     from plumbline.errors import MachineError
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")

@@ -18,6 +18,7 @@ from flows.deployment_file import read_deployments
 from flows.services import MLFLOW, PREFECT, Address, Service, State
 from flows.starting import Wanted
 from plumbline.errors import MachineError, ParamsError
+from plumbline.params.loader import list_experiments
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -207,6 +208,8 @@ def test_what_is_left_of_the_dead_is_ended_and_the_living_stay(tmp_path, start):
     os.kill(dead.pid, signal.SIGKILL)
     wait_until(lambda: not dead.alive)
     living, forgotten = start("prefect", SLEEP), start("worker-local", SLEEP)
+    # A process has no environment for an instant while it becomes another program.
+    wait_until(lambda: {"prefect", "worker-local"} <= set(services.service_names(tmp_path)))
 
     starting._end_remains(tmp_path, State(services={"mlflow": dead, "prefect": living}))
 
@@ -234,8 +237,9 @@ def test_what_a_host_makes_reachable_is_named():
 
 def test_the_shipped_file_has_a_deployment_for_each_experiment():
     root = Path(__file__).resolve().parents[2]
+    experiments = {item.name for item in list_experiments(root / "params")}
 
-    assert set(read_deployments(root)) >= {path.stem for path in (root / "params").glob("*.yaml")}
+    assert set(read_deployments(root)) >= experiments
 
 
 @pytest.mark.parametrize(

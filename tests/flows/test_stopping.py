@@ -155,7 +155,11 @@ def test_a_killed_run_is_closed_by_the_next_which_computes_nothing_twice(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_that_comes_while_garbage_is_cleared_away_is_heard(number):
+def test_a_signal_that_comes_while_garbage_is_cleared_away_is_heard(number, request):
+    # A shell that runs the tests in the background makes them deaf to SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     class Garbage:
         def __del__(self) -> None:
             os.kill(os.getpid(), number)
