@@ -154,17 +154,17 @@ def plan_sweep(
     return plan
 
 
-def _lineages(experiment: Experiment, data: DataVersion) -> dict[StepName, str]:
+def _lineages(experiment: Experiment, data: DataVersion) -> dict[str, str]:
     """A digest a step of all that it is made from, without the outputs of the steps before it.
 
     Steps with equal digests have equal cache keys, whatever those outputs will be.
     """
-    lineages: dict[StepName, str] = {}
+    lineages: dict[str, str] = {}
     results: dict[str, Any] = {"data": data}
     for step, make_arguments in wiring(experiment).items():
         arguments = make_arguments(results)
         before = {
-            name: lineages[value.step]  # type: ignore[index]
+            name: lineages[value.step]
             for name, value in arguments.items()
             if isinstance(value, Pending)
         }
