@@ -32,7 +32,7 @@ def choose_runs(asked: Sequence[str]) -> list[PastRun]:
     if not asked:
         newest = past_runs.last_pipelines(NEWEST)
         if not newest:
-            raise ParamsError(f"no run to compare{_what_there_is('')}")
+            raise ParamsError(f"no run to compare{what_there_is('')}")
         return [_with_steps(run.run_id) for run in newest]
     chosen: dict[str, str] = {}
     for text in asked:
@@ -53,7 +53,7 @@ def _find(text: str) -> PastRun:
         return _checked(next((run for run in named if run.status == "FINISHED"), named[0]))
     beginning = past_runs.pipelines_beginning(text)
     if not beginning:
-        raise ParamsError(f"no run {text} in MLflow{_what_there_is(text)}")
+        raise ParamsError(f"no run {text} in MLflow{what_there_is(text)}")
     if len(beginning) > 1:
         said = f"{text} begins the ids of {len(beginning)} runs; add characters:"
         raise ParamsError("\n".join([said, *_lines(beginning)]))
@@ -67,13 +67,12 @@ def _checked(run: PastRun) -> PastRun:
         raise ParamsError(f"{run.run_id} ({run.name}): expected the run of a pipeline; {below}")
     if run.status != "FINISHED":
         raise ParamsError(
-            f"{run.run_id} ({run.name}) is {run.status}: expected a finished run"
-            f"{_what_there_is('')}"
+            f"{run.run_id} ({run.name}) is {run.status}: expected a finished run{what_there_is('')}"
         )
     return run
 
 
-def _what_there_is(text: str) -> str:
+def what_there_is(text: str) -> str:
     """The end of a message: the run that may be meant, and the last ones."""
     last = past_runs.last_pipelines(1000)
     if not last:

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 
 from flows.agreement import Agreement, compare
+from flows.choosing import what_there_is
 from flows.environment import database_uri
 from flows.rebuilding import EXPERIMENT, Rebuilt, environment, rebuild
 from plumbline.errors import DataError, MachineError, ParamsError, PlumblineError, TrainingError
@@ -23,7 +23,6 @@ from tasks import past_runs, revisions
 from tasks.locks import Busy, step_lock
 from tasks.past_runs import PastRun
 
-LISTED_RUNS = 5
 GRACE_SECONDS = 25.0
 """A run that is told to stop has so long to save its state."""
 REMOVAL_SECONDS = 15.0
@@ -74,7 +73,7 @@ def reproduce(
 def _finished_run(run_id: str) -> PastRun:
     run = past_runs.find_run(run_id)
     if run is None:
-        raise ParamsError(f"no run {run_id} in MLflow{_other_runs(run_id)}")
+        raise ParamsError(f"no run {run_id} in MLflow{what_there_is(run_id)}")
     if run.tags.get("plumbline.kind") != "pipeline":
         parent = run.tags.get("mlflow.parentRunId")
         below = f"it is a step of {parent}; reproduce that" if parent else "it is another kind"
@@ -84,19 +83,9 @@ def _finished_run(run_id: str) -> PastRun:
     if run.status != "FINISHED":
         raise ParamsError(
             f"{run_id} ({run.name}) is {run.status}: expected a finished run, since the others "
-            f"have no results to compare{_other_runs(run_id)}"
+            f"have no results to compare{what_there_is(run_id)}"
         )
     return run
-
-
-def _other_runs(run_id: str) -> str:
-    last = past_runs.last_pipelines(1000)
-    if not last:
-        return "; no run of a pipeline has finished yet: start with `plumbline run quickstart`"
-    near = get_close_matches(run_id, [run.run_id for run in last], n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    lines = [f"  {run.run_id}  {run.name}" for run in last[:LISTED_RUNS]]
-    return "\n".join([f"{hint} The last finished runs:", *lines])
 
 
 def _check_origin(project: Project, run: PastRun, allow_dirty: bool) -> list[str]:
