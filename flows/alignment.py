@@ -42,7 +42,7 @@ from tasks.register import register
 from tasks.reward_model import reward_model
 from tasks.rl import rl
 from tasks.sft import sft
-from tasks.sources import edited_sources
+from tasks.sources import edited_sources, note_functions
 
 TASKS: dict[StepName, Any] = {
     "prepare_data": prepare_data,
@@ -74,11 +74,12 @@ def align(
     """
     started = time.perf_counter()
     quiet_libraries()
-    _check_unedited()
     project = find_project()
     make_home(project.home)
     loaded = load_experiment(experiment, project.params, overrides or ())
+    note_functions(loaded.experiment.functions())
     check_experiment(loaded.experiment, project.root)
+    _check_unedited()
     pull_missing(project.root)
     data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
     check_tables(loaded.experiment, project.root)

@@ -565,7 +565,9 @@ def _preflight(project: Project, loaded: "Loaded") -> None:
     """Find what would stop the run, before any server starts."""
     from plumbline.checks import check_experiment, check_tables
     from tasks.disk import check_room
+    from tasks.sources import note_functions
 
+    note_functions(loaded.experiment.functions())
     check_experiment(loaded.experiment, project.root)
     check_tables(loaded.experiment, project.root)
     check_room(project.home, loaded.experiment, project.root)

@@ -25,6 +25,7 @@ from tasks.aliases import noted_version
 from tasks.data_version import current_version, pull_missing
 from tasks.disk import check_room
 from tasks.keys import Pending, ingredients
+from tasks.sources import note_functions
 
 Data = Mapping[str, DataVersion]
 """The verified data sets of a sweep, by their paths."""
@@ -61,6 +62,8 @@ def check_points(project: Project, loaded: LoadedSweep) -> None:
     # It imports pandas, which a plan and a sweep with nothing to do need not wait for.
     from plumbline.checks import check_experiment, check_tables
 
+    for point in loaded.points:
+        note_functions(point.experiment.functions())
     for check in (check_experiment, check_tables):
         faults: dict[str, Point] = {}
         for point in loaded.points:

@@ -7,7 +7,7 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -40,15 +40,20 @@ WATCHERS = {
 LIBRARIES = {
     "accelerate",
     "gguf",
+    "jinja2",
     "numpy",
     "pandas",
     "peft",
     "pyarrow",
+    "safetensors",
     "tokenizers",
     "torch",
     "transformers",
 }
 """Installed packages that compute what a step brings out; their versions count."""
+
+BEHIND = {"transformers": {"accelerate", "jinja2", "safetensors", "tokenizers"}}
+"""Libraries that another one computes with, where our modules import that one alone."""
 
 
 @cache
@@ -73,8 +78,26 @@ def code_fingerprint(module: str) -> dict[str, str]:
         reached.add(name)
         waiting += [package] if (package := name.rpartition(".")[0]) else []
         waiting += imports.get(name, ())
+    for library in reached & BEHIND.keys():
+        reached |= BEHIND[library]
     modules = {name: sources[name] for name in sorted(reached & sources.keys())}
     return modules | {name: _version(name) for name in sorted(reached & LIBRARIES)}
+
+
+def note_functions(functions: Mapping[str, str]) -> None:
+    """Read the code of functions before it is imported, so that a key is made of what runs.
+
+    Args:
+        functions: as the params name them, each with its field (`Params.functions`).
+
+    Raises:
+        ParamsError: the module of one can't be found.
+    """
+    for function, param in functions.items():
+        try:
+            function_fingerprint(function)
+        except ParamsError as error:
+            raise ParamsError(f"{param}: {error}") from None
 
 
 @cache
@@ -90,8 +113,15 @@ def function_fingerprint(function: str) -> dict[str, str]:
     module, _ = split_name(function)
     inside = module.partition(".")[0] in PACKAGES
     if module not in read_sources() if inside else _locate(module) is None:
-        raise ParamsError(f"{function}: expected a function of a module that can be imported")
-    return code_fingerprint(module) if inside else _outside_fingerprint(module)
+        raise ParamsError(f"expected module:function that can be imported, got {function!r}")
+    if inside:
+        return code_fingerprint(module)
+    _outside[module] = _outside_fingerprint(module)
+    return _outside[module]
+
+
+_outside: dict[str, dict[str, str]] = {}
+"""What the fingerprints of this process say of the modules that functions outside are in."""
 
 
 @cache
@@ -102,8 +132,14 @@ def read_sources() -> dict[str, str]:
 
 def edited_sources() -> list[str]:
     """Modules whose file is no longer what the fingerprints of this process say."""
-    before, now = read_sources(), _read_sources()
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    looks = [(read_sources(), _read_sources())]
+    looks += [(before, _outside_fingerprint(module)) for module, before in _outside.items()]
+    return sorted(
+        name
+        for before, now in looks
+        for name in {*before, *now}
+        if before.get(name) != now.get(name)
+    )
 
 
 def _read_sources() -> dict[str, str]:

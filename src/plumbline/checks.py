@@ -31,6 +31,5 @@ def check_experiment(experiment: Experiment, root: Path) -> None:
         ParamsError: one of them is missing or does not fit.
     """
     check_model(experiment, root)
-    for section in (experiment.rl, experiment.evaluate):
-        for function, param in section.functions().items():
-            load_function(function, param)
+    for function, param in experiment.functions().items():
+        load_function(function, param)
