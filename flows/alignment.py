@@ -25,7 +25,7 @@ from plumbline.project import Project, find_project, make_home
 from plumbline.refs import DataVersion, RegistrationRef, StepResult
 from plumbline.training.memory import release_memory
 from tasks import model_store, tracking
-from tasks.aliases import note_version
+from tasks.aliases import move_alias, note_version
 from tasks.base_model import base_model
 from tasks.bookkeeping import close_dead_runs
 from tasks.checkpoints import discard_checkpoints
@@ -83,6 +83,8 @@ def align(
     pull_missing(project.root)
     data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
     check_tables(loaded.experiment, project.root)
+    if place := place_in_sweep():
+        place.check(loaded.experiment, data)
 
     close_dead_runs(project.home)
     run = _open_run(project, loaded, data)
@@ -108,12 +110,15 @@ def align(
         )
         write_report(project, summary, results)
         state = "FINISHED"
-        return summary
     except Exception:
         state = "FAILED"
         raise
     finally:
         tracking.end_run(run.mlflow_run_id, state, metrics)
+    if "alias" in registered:
+        # Last: where it is noted, a run with nothing to do says that this one is finished.
+        note_version(project.home, **registered, current=tracking.aliased_version)
+    return summary
 
 
 def _check_unedited() -> None:
@@ -229,6 +234,6 @@ def _point_alias(
     if place_in_sweep():
         return {"name": made.name, "version": made.version}
     alias = loaded.experiment.registry.alias
-    model_store.point_alias(made.name, alias, made.version)
-    note_version(project.home, made.name, alias, made.version)
+    point = partial(tracking.point_alias, made.name, alias, made.version)
+    move_alias(project.home, made.name, alias, point)
     return {"name": made.name, "version": made.version, "alias": alias}

@@ -1,6 +1,5 @@
 """What no kept run refers to any more, and its removal."""
 
-import json
 import re
 import shutil
 import time
@@ -19,7 +18,8 @@ from plumbline.refs import StepResult
 from tasks import inventory
 from tasks.inventory import Inventory, StoredModel
 from tasks.locks import Busy, step_lock
-from tasks.records import ADAPTED, read_result, step_of
+from tasks.mlflow_client import shown_uri
+from tasks.records import adapted_model, read_result, step_of
 
 LEFT_OVER_SECONDS = 3600.0
 """A file aside that is younger than that may still be written to."""
@@ -80,7 +80,7 @@ def find_waste(
     stored = read_store(project)
     kept = _kept(stored, results, keep_last, spared)
     bases = (adapted_model(folder / "artifacts") for folder in models if folder.name in kept.models)
-    kept.models.update(_model_id(uri) for uri in bases if uri)
+    kept.models.update(_model_id(base[0]) for base in bases if base)
     waste = [
         *_records(project, results, kept),
         *_versions(stored, kept),
@@ -143,8 +143,8 @@ def read_store(project: Project) -> Inventory:
     if not inventory.is_own_store(project.home):
         raise MachineError(
             "gc works on the project's own MLflow store alone: expected MLFLOW_TRACKING_URI unset "
-            f"or sqlite:///{project.home / 'mlflow.db'}, got {inventory.store_uri()}. On a shared "
-            "store delete runs and models in its UI, then run `mlflow gc`."
+            f"or sqlite:///{project.home / 'mlflow.db'}, got {shown_uri(inventory.store_uri())}. "
+            "On a shared store delete runs and models in its UI, then run `mlflow gc`."
         )
     return inventory.take_inventory(project.home)
 
@@ -153,14 +153,6 @@ def running(stored: Inventory) -> list[str]:
     """Pipelines that have not ended, and sweeps, which will start more."""
     kinds = ("pipeline", "sweep")
     return [run.run_id for run in stored.runs if run.kind in kinds and run.status == "RUNNING"]
-
-
-def adapted_model(folder: Path) -> str | None:
-    """URI of the model that the adapter in a folder changes; None where a whole model is in it."""
-    try:
-        return str(json.loads((folder / ADAPTED).read_bytes())["uri"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _kept(

@@ -1,7 +1,12 @@
 """Where a run stands in a sweep, if it is one of its points."""
 
+import hashlib
 from contextvars import ContextVar
 from typing import NamedTuple
+
+from plumbline.errors import PlumblineError
+from plumbline.params.schema import Experiment
+from plumbline.refs import DataVersion
 
 
 class Place(NamedTuple):
@@ -15,6 +20,21 @@ class Place(NamedTuple):
     """Of the point, from 1."""
     label: str
     """What the point sets."""
+    basis: str
+    """Digest of the params and the data that the sweep resolved for it."""
+
+    def check(self, experiment: Experiment, data: DataVersion) -> None:
+        """Check that the point runs on what the sweep was started with.
+
+        Raises:
+            PlumblineError: the params or the data were changed since.
+        """
+        if basis_of(experiment, data) != self.basis:
+            raise PlumblineError(
+                f"params/ or {data.path} was changed after the sweep began, so the point would not "
+                "compare with those before it: expected both as they were. Start the sweep again "
+                "to run every point on what is there now."
+            )
 
     def tags(self) -> dict[str, str]:
         """What the point's run in MLflow says of it."""
@@ -24,6 +44,12 @@ class Place(NamedTuple):
             "plumbline.point": str(self.number),
             "plumbline.point.label": self.label,
         }
+
+
+def basis_of(experiment: Experiment, data: DataVersion) -> str:
+    """Digest of resolved params and of a verified data set."""
+    text = f"{experiment.model_dump_json()}{data.path} {data.digest}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _place: ContextVar[Place | None] = ContextVar("place", default=None)

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, runtime
@@ -12,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from rich.console import Console
 from rich.text import Text
 
-from flows.place import Place
+from flows.place import Place, basis_of
 from flows.points import Outcome, run_points
 from flows.stopping import cancellable
 from flows.sweep_planning import Data, check_points, verified_data
@@ -31,7 +32,7 @@ from plumbline.params.loader import flatten
 from plumbline.params.sweep import LoadedSweep, Point, load_sweep
 from plumbline.project import Project, find_project, make_home
 from tasks import tracking
-from tasks.aliases import note_version
+from tasks.aliases import move_alias, note_version
 from tasks.bookkeeping import close_dead_runs
 from tasks.data_version import git_state
 from tasks.pictures import publish_image
@@ -79,7 +80,7 @@ def sweep(
     params, tags = _params(loaded), _tags(project, loaded, data, overrides or [], run_name)
     with tracking.sweep_run(run_name, project.home, params, tags) as tracked:
         with cancellable(flow_run_id):
-            ended = _run(project, loaded, tracked.run_id, folder, allow_dirty)
+            ended = _run(project, loaded, data, tracked.run_id, folder, allow_dirty)
         summary = conclude(
             loaded,
             _with_runs(project, tracked.run_id, ended),
@@ -91,6 +92,9 @@ def sweep(
         _record(project, tracked, loaded, summary, folder)
         if summary.failed:
             raise PointsFailed(summary)
+    if summary.registered:
+        # Last: where it is noted, a sweep with nothing to do says that this one is finished.
+        note_version(project.home, **summary.registered, current=tracking.aliased_version)
     return summary
 
 
@@ -117,7 +121,12 @@ def _tags(
 
 
 def _run(
-    project: Project, loaded: LoadedSweep, run_id: str, folder: Path, allow_dirty: bool
+    project: Project,
+    loaded: LoadedSweep,
+    data: Data,
+    run_id: str,
+    folder: Path,
+    allow_dirty: bool,
 ) -> list[PointSummary]:
     """Run the points, and show how far they are."""
     console = Console(stderr=True)
@@ -131,7 +140,8 @@ def _run(
 
     def starting(point: Point) -> Place:
         console.print(Text(f"point {point.number} of {len(loaded.points)}, {point.label}: starts"))
-        return Place(run_id, folder.name, point.number, point.label)
+        basis = basis_of(point.experiment, data[point.experiment.data.path])
+        return Place(run_id, folder.name, point.number, point.label, basis)
 
     ended: list[PointSummary] = []
     with console.status("") as status:
@@ -195,8 +205,8 @@ def _record(
         best = next(point for point in summary.points if point.number == summary.best)
         tracked.finals(best.metrics)
         made = summary.registered
-        tracking.point_alias(made["name"], made["alias"], made["version"])
-        note_version(project.home, made["name"], made["alias"], made["version"])
+        point = partial(tracking.point_alias, made["name"], made["alias"], made["version"])
+        move_alias(project.home, made["name"], made["alias"], point)
     create_markdown_artifact(markdown(summary, picture=None), key="sweep")
 
 

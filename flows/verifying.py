@@ -8,13 +8,13 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from flows.housekeeping import adapted_model
 from plumbline.artifacts import Fault, Hasher, read_manifest
 from plumbline.project import Project
 from plumbline.refs import RegistrationRef, StepResult, file_digest
 from tasks.inventory import StoredModel, StoredVersion, take_inventory
 from tasks.records import (
     RESULT_TYPES,
+    adapted_model,
     content_digest,
     faults,
     local_path,
@@ -75,6 +75,8 @@ def verify_everything(project: Project) -> Verified:
             what = f"version {result.version} of {result.name} is gone from the registry"
             found.add(key, what, RUNS_AGAIN)
     named = {result.uri for result in results.values() if result}
+    adapters = (adapted_model(path) for uri in named if (path := local_path(uri)))
+    named |= {base[0] for base in adapters if base}
     others = [
         model for model in stored.models if model.status == "READY" and model.uri not in named
     ]
@@ -116,13 +118,11 @@ def _version_faults(
 
 
 def _model_faults(uri: str, digest: str, hasher: Hasher) -> list[Fault]:
-    """Of a model, and of the one that it changes; without a digest its manifest says all."""
+    """Of a model; without a digest its manifest says all."""
     folder = local_path(uri)
     if folder is None:
         return []
-    found = model_faults(folder, digest or content_digest(read_manifest(folder)), hasher)
-    base = adapted_model(folder)
-    return [*found, *(_model_faults(base, "", hasher) if base else [])]
+    return model_faults(folder, digest or content_digest(read_manifest(folder)), hasher)
 
 
 def _called(version: StoredVersion) -> str:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from plumbline.project import find_project
 from tasks.faults import first_line
+from tasks.locks import step_lock
 from tasks.mlflow_client import client
 from tasks.progress import show_warning
 from tasks.spool import Outbox, Record, Spool, orphans
@@ -107,18 +108,18 @@ def send_orphans() -> None:
     Raises:
         TrainingError: MLflow did not answer in time.
     """
-    for spool in orphans(_spools()):
-        # Ours now: a run that starts beside this one leaves it alone.
-        spool.claim()
-        records, _ = spool.read()
-        try:
-            deliver(client(), spool.run_id, records, spool.folder)
-        except MlflowException as refusal:
-            show_warning(
-                f"MLflow refused what run {spool.run_id} had logged when its process died "
-                f"({first_line(refusal)}); it is dropped"
-            )
-        spool.remove()
+    # A run that starts beside this one waits, and finds nothing left then.
+    with step_lock(find_project().home, "orphans"):
+        for spool in orphans(_spools()):
+            try:
+                records, _ = spool.read()
+                deliver(client(), spool.run_id, records, spool.folder)
+            except (MlflowException, OSError, ValueError) as fault:
+                show_warning(
+                    f"What run {spool.run_id} had logged when its process died can't be sent "
+                    f"({first_line(fault)}); it is dropped"
+                )
+            spool.remove()
 
 
 def _spools() -> Path:

@@ -14,6 +14,7 @@ from plumbline.refs import ModelRef, SplitRef
 from plumbline.training.device import training_device
 from plumbline.training.dpo import held_out_metrics, pair_logprobs, train_dpo
 from plumbline.training.lora import add_adapter
+from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
@@ -37,6 +38,7 @@ def dpo(
     with (
         tracking.step_run(run, "dpo", asked) as tracked,
         progress_bar("dpo", "pairs") as progress,
+        memory_advice("dpo"),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)

@@ -1,7 +1,9 @@
 """Step evaluate: the policy against the SFT model on held-out prompts."""
 
+import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from prefect import task
 
@@ -21,7 +23,7 @@ from plumbline.functions import load_function
 from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.models.scalar_head import load_scalar_model
 from plumbline.params.schema import EvaluateParams, SamplingParams, reward_name
-from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest
+from plumbline.refs import DataRef, EvaluationRef, ModelRef
 from plumbline.training.device import training_device
 from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
@@ -49,6 +51,7 @@ def evaluate(
     with (
         tracking.step_run(run, "evaluate", asked) as tracked,
         progress_bar("evaluate", "answers") as progress,
+        memory_advice("evaluate", ["set evaluate.judge to false"] if judge else []),
     ):
         encoder = ChatEncoder(load_tokenizer(model_store.tokenizer_folder(sft)))
         held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
@@ -113,16 +116,21 @@ def evaluate(
                 gold_curve=f"objective/reward_{reward_name(params.gold)}" if params.gold else "",
             ),
         )
-        uri = tracked.figures["samples.json"]
         return EvaluationRef(
-            digest=file_digest(tracking.open_uri(uri)),
-            uri=uri,
+            digest=_digest(rows, metrics),
+            uri=tracked.figures["samples.json"],
             mlflow_run_id=tracked.run_id,
             metrics=metrics,
             figures=tracked.figures,
             figure_digests=tracked.figure_digests,
             seconds=tracked.seconds,
         )
+
+
+def _digest(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> str:
+    """Of all that a later step reads: the metrics stand in the registry."""
+    text = json.dumps([rows, metrics], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def training_history(policy: ModelRef) -> list[dict[str, float]]:

@@ -107,6 +107,9 @@ def _versions() -> Iterator[StoredVersion]:
         for alias, version in registered.aliases.items()
     }
     for found in _pages(client().search_model_versions):
+        # The registry is the whole store's; others may keep models in it.
+        if "plumbline.run_id" not in found.tags:
+            continue
         named = (found.name, str(found.version))
         yield StoredVersion(
             *named,

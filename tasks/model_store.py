@@ -58,7 +58,8 @@ def log_adapter(
     def save(folder: Path, logged: Any) -> None:
         save_adapter(model, folder / "adapter", base=f"sha256:{base.digest}")
         tokenizer.save_pretrained(folder / "components" / "tokenizer")
-        (folder / ADAPTED).write_text(json.dumps({"uri": base.uri}) + "\n")
+        adapted = {"uri": base.uri, "digest": base.digest}
+        (folder / ADAPTED).write_text(json.dumps(adapted) + "\n")
 
     return _log(tracked, "adapter", save, metrics)
 

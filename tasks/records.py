@@ -53,7 +53,7 @@ MODEL_PARTS = ("model", "adapter", "components")
 _CONTENT = tuple(f"{part}/" for part in MODEL_PARTS)
 
 ADAPTED = "adapted_model.json"
-"""File beside an adapter that says where the model is that it changes."""
+"""File beside an adapter that says where the model is that it changes, and its digest."""
 
 
 class Record(NamedTuple):
@@ -129,7 +129,7 @@ def content_digest(manifest: Mapping[str, FileDigest]) -> str:
 
 
 def model_faults(folder: Path, digest: str, hasher: Hasher = file_digest) -> list[Fault]:
-    """What is wrong with a logged model of this digest.
+    """What is wrong with a logged model of this digest, and with the one that it adapts.
 
     The digest decides, and the manifest says which file it is; what stands beside the content must
     be there, but MLflow's own functions may rewrite it, and leave files of theirs.
@@ -153,7 +153,23 @@ def model_faults(folder: Path, digest: str, hasher: Hasher = file_digest) -> lis
         for path in sorted((folder / part).rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in content
     ]
-    return [*(fault for fault in broken if fault), *added]
+    return [*(fault for fault in broken if fault), *added, *_base_faults(folder, hasher)]
+
+
+def adapted_model(folder: Path) -> tuple[str, str] | None:
+    """URI and digest of the model that an adapter changes; None where a whole model is there."""
+    try:
+        stated = json.loads((folder / ADAPTED).read_bytes())
+        return str(stated["uri"]), str(stated["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _base_faults(folder: Path, hasher: Hasher) -> list[Fault]:
+    """What is wrong with the model under an adapter, without which that is nothing."""
+    base = adapted_model(folder)
+    path = local_path(base[0]) if base else None
+    return model_faults(path, base[1], hasher) if base and path else []
 
 
 def step_of(key: str) -> StepName | None:
@@ -213,12 +229,7 @@ def _files(result: StepResult) -> dict[Path, FileDigest | str | None]:
 
 def _pinned(result: StepResult) -> Iterator[tuple[str, str]]:
     """URIs of files to the digests that later steps are keyed by."""
-    match result:
-        case EvaluationRef():
-            yield result.uri, result.digest
-        case PreparedData():
-            for table in (
-                result.demonstrations, result.preferences, result.prompts, result.ratings,
-            ):  # fmt: skip
-                if table is not None:
-                    yield from ((ref.uri, ref.digest) for ref in (table.train, table.test))
+    if isinstance(result, PreparedData):
+        for table in (result.demonstrations, result.preferences, result.prompts, result.ratings):
+            if table is not None:
+                yield from ((ref.uri, ref.digest) for ref in (table.train, table.test))

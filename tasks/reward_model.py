@@ -14,6 +14,7 @@ from plumbline.models.scalar_head import scalar_model_from_lm
 from plumbline.params.schema import RewardModelParams
 from plumbline.refs import DataRef, ModelRef, SplitRef
 from plumbline.training.device import training_device
+from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.reward_model import Row, normalise_on, train_reward_model
 from tasks import model_store, tracking
@@ -43,6 +44,7 @@ def reward_model(
     with (
         tracking.step_run(run, step, asked) as tracked,
         progress_bar(step, "rows") as progress,
+        memory_advice(step),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)

@@ -1,6 +1,6 @@
 """Step rl: the policy learns from the reward model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from plumbline.params.schema import RLParams, SamplingParams
 from plumbline.refs import DataRef, ModelRef
 from plumbline.training.device import training_device
 from plumbline.training.lora import add_adapter
+from plumbline.training.memory import memory_advice
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.policy_update import Setting
 from plumbline.training.precision import resolve_precision
@@ -50,6 +51,7 @@ def rl(
     with (
         tracking.step_run(run, "rl", asked) as tracked,
         progress_bar("rl", "episodes") as progress,
+        memory_advice("rl", smaller_models(params, judge is not None)),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))
         encoder = ChatEncoder(tokenizer)
@@ -99,6 +101,16 @@ def rl(
             max_new_tokens=sampling.response_tokens,
             metrics=finals | {"rl/warnings": float(tracked.warnings)},
         )
+
+
+def smaller_models(params: RLParams, judge: bool) -> Iterator[str]:
+    """Ways to hold fewer weights, given the params of the step and whether a judge looks on."""
+    if not params.lora.enabled:
+        yield "set rl.lora.enabled to true"
+    if params.algorithm == "ppo" and params.critic != "shared":
+        yield "set rl.critic to shared"
+    if judge:
+        yield "set evaluate.judge to false"
 
 
 def load_models(

@@ -10,6 +10,7 @@ from plumbline.models.load import load_lm, load_tokenizer
 from plumbline.params.schema import SFTParams
 from plumbline.refs import ModelRef, SplitRef
 from plumbline.training.device import training_device
+from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.sft import held_out_loss, train_sft
 from tasks import model_store, tracking
@@ -33,6 +34,7 @@ def sft(
     with (
         tracking.step_run(run, "sft", asked) as tracked,
         progress_bar("sft", "rows") as progress,
+        memory_advice("sft"),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(base_model))
         encoder = ChatEncoder(tokenizer)

@@ -194,7 +194,8 @@ def start_pipeline(
         experiment_id, name, {**hardware, **tags, "plumbline.kind": "pipeline"}, params
     )
     if experiment is not None:
-        client().log_dict(run_id, dict(experiment), "experiment.json")
+        with _killed_if_broken_off(run_id):
+            client().log_dict(run_id, dict(experiment), "experiment.json")
     return PipelineRun(mlflow_run_id=run_id, experiment_id=experiment_id, name=name)
 
 
@@ -272,6 +273,13 @@ def point_alias(name: str, alias: str, version_number: str) -> None:
     client().set_registered_model_alias(name, alias, version_number)
 
 
+def aliased_version(name: str, alias: str) -> str | None:
+    """The version that an alias names; None where it names none, or MLflow can't say just now."""
+    with contextlib.suppress(Exception):
+        return str(client().at_once.get_model_version_by_alias(name, alias).version)
+    return None
+
+
 def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
     """Show a cached step below a pipeline's run: its final metrics, and where they come from."""
     tags = {
@@ -279,19 +287,21 @@ def stub_run(run: PipelineRun, step: str, key: str, source: StepResult) -> str:
         "plumbline.kind": "step",
         "plumbline.step": step,
         "plumbline.key": key,
+        "plumbline.digest": source.digest,
         "cache.hit": "true",
         "cache.source_run_id": source.mlflow_run_id,
         "mlflow.note.content": f"Cached: made by run {source.mlflow_run_id}.",
     }
     run_id = _create_run(run.experiment_id, f"{step} (cached)", tags, {})
-    if source.metrics:
-        deliver(client(), run_id, [metrics_record(source.metrics)])
-    with contextlib.suppress(MlflowException):
-        original = client().get_run(source.mlflow_run_id)
-        _log_params(run_id, original.data.params)
-        if original.inputs.dataset_inputs:
-            client().log_inputs(run_id, datasets=original.inputs.dataset_inputs)
-    client().set_terminated(run_id, "FINISHED")
+    with _killed_if_broken_off(run_id):
+        if source.metrics:
+            deliver(client(), run_id, [metrics_record(source.metrics)])
+        with contextlib.suppress(MlflowException):
+            original = client().get_run(source.mlflow_run_id)
+            _log_params(run_id, original.data.params)
+            if original.inputs.dataset_inputs:
+                client().log_inputs(run_id, datasets=original.inputs.dataset_inputs)
+        client().set_terminated(run_id, "FINISHED")
     return run_id
 
 
@@ -327,7 +337,8 @@ def kill_run(run_id: str, why: str) -> None:
 def log_pipeline_dataset(run: PipelineRun, name: str, digest: str, source: str, rows: int) -> None:
     """Note the data version of a whole pipeline."""
     record = dataset_record(name, digest, source, rows, "alignment")
-    deliver(client(), run.mlflow_run_id, [record])
+    with _killed_if_broken_off(run.mlflow_run_id):
+        deliver(client(), run.mlflow_run_id, [record])
 
 
 def log_file(run_id: str, path: Path) -> None:
@@ -365,8 +376,20 @@ def _create_run(
 ) -> str:
     made = client().create_run(experiment_id, run_name=name, tags={**tags, PROCESS_TAG: identity()})
     run_id = str(made.info.run_id)
-    _log_params(run_id, params)
+    with _killed_if_broken_off(run_id):
+        _log_params(run_id, params)
     return run_id
+
+
+@contextlib.contextmanager
+def _killed_if_broken_off(run_id: str) -> Iterator[None]:
+    """Close a run that a signal or an error meets before anybody else is there to close it."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client().set_terminated(run_id, "KILLED")
+        raise
 
 
 def _log_params(run_id: str, params: Mapping[str, Any]) -> None:

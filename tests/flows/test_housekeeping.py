@@ -70,7 +70,8 @@ class Store:
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "model.safetensors").write_text(key)
         if adapts is not None:
-            (folder / ADAPTED).write_text(json.dumps({"uri": adapts.uri}))
+            adapted = {"uri": adapts.uri, "digest": adapts.digest}
+            (folder / ADAPTED).write_text(json.dumps(adapted))
         digest = content_digest(write_manifest(folder))
         self.mlflow.finalize_logged_model(logged.model_id, "READY")
         figure = self.files(run_id) / "curves.png"
@@ -118,7 +119,7 @@ class Store:
             source=f"models:/{model.mlflow_model_id}",
             run_id=model.mlflow_run_id,
             model_id=model.mlflow_model_id,
-            tags={"plumbline.digest": model.digest},
+            tags={"plumbline.run_id": pipeline, "plumbline.digest": model.digest},
         )
         for alias in aliases:
             self.mlflow.set_registered_model_alias(POLICY, alias, made.version)
@@ -681,4 +682,27 @@ def test_the_model_under_a_registered_adapter_is_looked_at(project, store):
     path.unlink()
 
     (found,) = verify_everything(project).damaged
-    assert found.owners == ["sft-1", f"{POLICY}/1 @challenger"]
+    assert found.owners == ["register-1", "rl-1", "sft-1", f"{POLICY}/1 @challenger"]
+
+
+def test_the_model_under_an_adapter_s_result_is_needed_by_it(project, store):
+    pipeline = store.pipeline()
+    sft = store.step(pipeline, "sft-1", record=False)
+    store.step(pipeline, "rl-1", adapts=sft)
+    path = folder_of(sft) / "artifacts" / "model" / "model.safetensors"
+    path.write_text("SFT-1")
+
+    (found,) = verify_everything(project).damaged
+    assert found.owners == ["rl-1"]
+    assert "runs again" in found.advice
+
+
+def test_what_others_registered_in_the_same_store_is_none_of_the_project_s(project, store):
+    experiment = store.mlflow.create_experiment("a notebook's")
+    logged = store.mlflow.create_logged_model(experiment, name="theirs")
+    store.mlflow.create_registered_model("theirs")
+    store.mlflow.create_model_version("theirs", f"models:/{logged.model_id}")
+
+    assert collect(project, 1, delete=True) == []
+    assert len(store.versions()) == 1
+    assert verify_everything(project).damaged == []

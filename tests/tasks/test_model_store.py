@@ -153,6 +153,12 @@ def test_an_adapter_s_manifest_has_the_name_of_what_it_changes(
     assert folder is not None
     assert model_store.is_adapter(adapter)
     assert "adapted_model.json" in read_manifest(folder)
+    assert damage(adapter) is None
+    weights = Path(local_path(base.uri) or "", "model", "model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"!")
+    assert str(damage(adapter)).startswith(f"{weights} does not match its digest")
+    weights.write_bytes(content)
     (folder / "adapted_model.json").write_text(json.dumps({"uri": "file:///elsewhere"}))
     assert str(damage(adapter)).startswith(f"{folder / 'adapted_model.json'} was cut short")
 

@@ -161,6 +161,8 @@ def expected_fingerprint(tree: Tree, step: str) -> dict[str, str]:
             found |= reading.modules | {".".join(parts[:i]) for i in range(1, len(parts))}
         new = found - reached - WATCHERS
     digests = {name: hashlib.sha256(sources_of[name]).hexdigest() for name in reached}
+    if "transformers" in libraries:
+        libraries |= {"accelerate", "jinja2", "safetensors", "tokenizers"}
     return digests | {name: sources._version(name) for name in libraries}
 
 
@@ -433,6 +435,29 @@ def test_a_function_of_an_installed_package_counts_with_its_own_package_alone():
 
     assert {"json", "json.encoder", "json.decoder"} <= set(code)
     assert "re" not in code
+
+
+def test_a_function_that_was_edited_since_it_was_noted_is_named(tmp_path, monkeypatch):
+    module = tmp_path / "rewards_of_the_user.py"
+    module.write_text("def score(prompt, text):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sources, "_outside", {})
+    sources.note_functions({"rewards_of_the_user:score": "rl.rewards"})
+    assert sources.edited_sources() == []
+    module.write_text("def score(prompt, text):\n    return 2.0\n")
+
+    assert sources.edited_sources() == ["rewards_of_the_user"]
+
+
+def test_a_function_that_is_not_there_is_named_with_its_param():
+    with pytest.raises(ParamsError, match=r"^rl\.rewards: expected .*'no_such_module:f'"):
+        sources.note_functions({"no_such_module:f": "rl.rewards"})
+
+
+def test_every_library_is_in_the_key_of_a_step():
+    reached = {name for step in STEP_NAMES for name in sources.code_fingerprint(f"tasks.{step}")}
+
+    assert reached >= LIBRARIES
 
 
 def test_a_function_of_the_project_counts_with_its_closure():

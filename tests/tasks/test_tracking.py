@@ -12,9 +12,12 @@ from prefect.exceptions import TerminationSignal
 from plumbline.errors import TrainingError
 from plumbline.params.loader import flatten
 from plumbline.params.schema import Experiment
-from plumbline.process import alive
+from plumbline.process import alive, identity
+from plumbline.refs import StepResult
 from tasks import tracking
-from tasks.spool import LINES_BETWEEN_SENDS
+from tasks.delivery import send_orphans
+from tasks.mlflow_client import shown_uri
+from tasks.spool import LINES_BETWEEN_SENDS, Spool
 
 
 @pytest.mark.parametrize("signal", [KeyboardInterrupt(), TerminationSignal(15)])
@@ -131,3 +134,44 @@ def test_a_pipeline_keeps_the_whole_experiment(run: tracking.PipelineRun, tmp_pa
     uri = MlflowClient().get_run(made.mlflow_run_id).info.artifact_uri
     kept = json.loads(tracking.open_uri(f"{uri}/experiment.json").read_bytes())
     assert Experiment.model_validate(kept) == experiment
+
+
+@pytest.mark.parametrize("method", ["log_batch", "log_dict"])
+def test_an_interruption_while_a_run_is_opened_leaves_none_running(
+    run: tracking.PipelineRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking.client().at_once, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracking.start_pipeline("second", tmp_path, {"seed": 0}, {}, {"seed": 0})
+    states = {
+        found.info.run_name: found.info.status
+        for found in MlflowClient().search_runs([run.experiment_id])
+    }
+    assert states == {"pipeline": "RUNNING", "second": "KILLED"}
+
+
+def test_a_stub_says_what_its_step_made(run: tracking.PipelineRun) -> None:
+    made = StepResult(digest="abc", uri="file:///none", mlflow_run_id=run.mlflow_run_id)
+    stub = tracking.stub_run(run, "sft", "sft-1", made)
+    assert tracking.tags_of(stub)["plumbline.digest"] == "abc"
+
+
+def test_a_store_is_shown_without_its_password() -> None:
+    assert shown_uri("postgresql://me:secret@db:5432/runs?sslkey=x") == "postgresql://db:5432/runs"
+    assert shown_uri("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+
+
+def test_a_spool_that_can_t_be_read_is_dropped_with_a_warning(
+    run: tracking.PipelineRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = Spool(tmp_path / "spool" / run.mlflow_run_id)
+    spool.claim()
+    dead = identity().rsplit("/", 2)[0] + "/999999999/1.00"
+    (spool.folder / "owner").write_text(dead)
+    spool.records.write_text("no JSON\n")
+    send_orphans()
+    assert not spool.folder.exists()
+    assert f"What run {run.mlflow_run_id} had logged" in capsys.readouterr().err

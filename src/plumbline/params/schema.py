@@ -588,6 +588,10 @@ class Experiment(Params):
         default_factory=lambda: CheckpointParams(), description="Checkpoints of every training."
     )
 
+    def functions(self) -> dict[str, str]:
+        """Those of all sections."""
+        return self.rl.functions() | self.evaluate.functions()
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no_fp16(cls, value: object) -> object:

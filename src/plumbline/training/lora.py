@@ -86,6 +86,8 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     """Write the adapters alone, with a name for the model that they change."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
+        # peft makes a set of them, which each process would write in another order.
+        config.target_modules = sorted(config.target_modules)
     with warnings.catch_warnings():
         # peft looks for a folder of that name, to compare vocabularies.
         warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ def training_ways(
 
 
 @contextmanager
-def memory_advice(section: str, ways: Sequence[str]) -> Iterator[None]:
+def memory_advice(section: str, ways: Iterable[str] = ()) -> Iterator[None]:
     """Turn a full GPU memory inside the context into an error that names the fields to change.
 
     Args:
