@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
@@ -62,9 +63,10 @@ def check_points(project: Project, loaded: LoadedSweep) -> None:
     # It imports pandas, which a plan and a sweep with nothing to do need not wait for.
     from plumbline.checks import check_experiment, check_tables
 
-    for point in loaded.points:
-        note_functions(point.experiment.functions())
-    for check in (check_experiment, check_tables):
+    def note(experiment: Experiment, root: Path) -> None:
+        note_functions(experiment.functions())
+
+    for check in (note, check_experiment, check_tables):
         faults: dict[str, Point] = {}
         for point in loaded.points:
             try:
