@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import MachineError
 from plumbline.project import Project
 from plumbline.refs import StepResult
@@ -143,7 +144,8 @@ def read_store(project: Project) -> Inventory:
     if not inventory.is_own_store(project.home):
         raise MachineError(
             "gc works on the project's own MLflow store alone: expected MLFLOW_TRACKING_URI unset "
-            f"or sqlite:///{project.home / 'mlflow.db'}, got {inventory.store_uri()}. On a shared "
+            f"or sqlite:///{project.home / 'mlflow.db'}, got "
+            f"{without_credentials(inventory.store_uri())}. On a shared "
             "store delete runs and models in its UI, then run `mlflow gc`."
         )
     return inventory.take_inventory(project.home)

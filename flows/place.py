@@ -3,6 +3,9 @@
 from contextvars import ContextVar
 from typing import NamedTuple
 
+SWEEP_TAG, POINT_TAG = "sweep:", "point:"
+"""Begin the tags of the flow run of a point."""
+
 
 class Place(NamedTuple):
     """A point's place."""
@@ -37,7 +40,7 @@ def place_in_sweep() -> Place | None:
 def flow_tags() -> list[str]:
     """What the flow run of this process says of its sweep, if there is one."""
     place = place_in_sweep()
-    return [f"sweep:{place.sweep}"] if place else []
+    return [f"{SWEEP_TAG}{place.sweep}", f"{POINT_TAG}{place.number}"] if place else []
 
 
 def take_place(place: Place) -> None:

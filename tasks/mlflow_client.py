@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import mlflow
 from mlflow import MlflowClient
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import TrainingError
 from tasks.faults import passing, root_cause
 from tasks.progress import show_warning
@@ -127,11 +128,12 @@ def say_waiting(error: Exception | None = None) -> None:
 def gave_up(error: Exception | None = None) -> TrainingError:
     """The error of a step for which MLflow was away too long."""
     why = f" ({root_cause(error)})" if error else ""
+    store = without_credentials(mlflow.get_tracking_uri())
     return TrainingError(
-        f"MLflow did not answer for {wait_seconds():.0f} s{why}: expected the store "
-        f"{mlflow.get_tracking_uri()}. Bring it back, then run again: finished steps come from the "
-        "cache, training resumes at its last checkpoint, and what was logged meanwhile is sent. "
-        "PLUMBLINE_MLFLOW_WAIT_SECONDS sets how long to wait."
+        f"MLflow did not answer for {wait_seconds():.0f} s{why}: expected the store {store}. Bring "
+        "it back, then run again: finished steps come from the cache, training resumes at its last "
+        "checkpoint, and what was logged meanwhile is sent. PLUMBLINE_MLFLOW_WAIT_SECONDS sets how "
+        "long to wait."
     )
 
 
