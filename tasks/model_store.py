@@ -15,7 +15,6 @@ import transformers
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import add_to_model
 from mlflow.types.schema import ColSpec, Schema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -240,6 +239,9 @@ def _describe_adapter(folder: Path, logged: Any, max_new_tokens: int) -> None:
 
     MLflow's own form of an adapter names a model of the hub, which ours is not.
     """
+    # It takes a second, which models that are whole spend as they are saved.
+    from mlflow.pyfunc import add_to_model
+
     folder.mkdir(parents=True, exist_ok=True)
     described = _describe(logged)
     described.signature = _text_to_text()
