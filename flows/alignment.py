@@ -10,9 +10,12 @@ from prefect import flow, runtime
 from prefect.context import TagsContext
 
 from flows.gpu import gpu_slot
+from flows.headline import headline_metrics
 from flows.naming import flow_run_name, run_name
+from flows.pages import mlflow_pages
 from flows.place import place_in_sweep
-from flows.reports import read_samples, write_report
+from flows.reports import Origin, read_samples, write_report
+from flows.run_page import show_links, show_results
 from flows.stopping import cancellable
 from flows.summary import RunSummary, StepSummary
 from flows.wiring import wiring
@@ -85,9 +88,12 @@ def align(
     check_tables(loaded.experiment, project.root)
     if place := place_in_sweep():
         place.check(loaded.experiment, data)
+    model_store.check_owner(loaded.experiment.registry.name)
 
     close_dead_runs(project.home)
-    run = _open_run(project, loaded, data)
+    run, origin = _open_run(project, loaded, data)
+    pages = mlflow_pages(project, run.experiment_id)
+    show_links(run.name, run.mlflow_run_id, pages)
     state: tracking.RunState = "KILLED"
     metrics: dict[str, float] = {}
     try:
@@ -108,13 +114,14 @@ def align(
             samples=read_samples(results["evaluate"]),
             registered=registered,
         )
-        write_report(project, summary, results)
+        report = write_report(project, summary, results, origin, pages)
+        show_results(summary, results, report)
         state = "FINISHED"
     except Exception:
         state = "FAILED"
         raise
     finally:
-        tracking.end_run(run.mlflow_run_id, state, metrics)
+        tracking.end_run(run.mlflow_run_id, state, headline_metrics(metrics))
     if "alias" in registered:
         # Last: where it is noted, a run with nothing to do says that this one is finished.
         note_version(project.home, **registered, current=tracking.aliased_version)
@@ -129,7 +136,9 @@ def _check_unedited() -> None:
         )
 
 
-def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.PipelineRun:
+def _open_run(
+    project: Project, loaded: Loaded, data: DataVersion
+) -> tuple[tracking.PipelineRun, Origin]:
     named = run_name(loaded.name, loaded.overrides)
     name = f"{named}-{time.strftime('%Y%m%d-%H%M%S')}-{runtime.flow_run.id[:4]}"
     tags = {
@@ -151,7 +160,7 @@ def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.P
         experiment=loaded.experiment.model_dump(mode="json"),
     )
     tracking.log_pipeline_dataset(run, data.path, data.digest, data.path, len(data.files))
-    return run
+    return run, Origin(name, loaded.overrides, tags)
 
 
 def _run_steps(

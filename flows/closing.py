@@ -12,6 +12,7 @@ from flows.prefect_server import is_own
 from flows.service_status import running_url
 from flows.services import MLFLOW, PREFECT
 from flows.summary import RunSummary
+from plumbline.addresses import without_credentials
 from plumbline.project import Project
 
 SHOWN_SAMPLES = 4
@@ -66,7 +67,9 @@ def ui_commands(project: Project) -> dict[str, str]:
         PREFECT: None if is_own() else os.environ.get("PREFECT_API_URL"),
     }
     return {
-        label: (named[name] or running_url(project, name) or START).removesuffix("/api")
+        label: without_credentials(named[name] or running_url(project, name) or START).removesuffix(
+            "/api"
+        )
         for label, name in {"MLflow": MLFLOW, "Prefect": PREFECT}.items()
     }
 

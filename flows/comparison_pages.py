@@ -15,6 +15,7 @@ from rich.text import Text
 
 from flows.closing import plain
 from flows.comparing import Comparison, Values
+from flows.markdown import literal, table_head, table_row
 from flows.metric_rows import Estimate, MetricRow
 from plumbline.errors import MachineError
 from plumbline.project import Project
@@ -31,7 +32,6 @@ HOW_TO_READ = (
     "{best}: the best value; where intervals overlap, that may be chance."
 )
 HEADS = ("run", "id", "commit", "data.dvc")
-MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#!|~&$])")
 
 
 def report_folder(project: Project, to: Path | None) -> Path:
@@ -142,27 +142,27 @@ def markdown(found: Comparison) -> str:
 
 def _page(found: Comparison) -> Iterator[str]:
     yield from (f"# {_count(found)} compared", "")
-    yield from _table("", *HEADS)
+    yield from table_head("", *HEADS)
     for mark, said in _heads(found).items():
-        yield _line(mark, *map(_literal, said))
+        yield table_row(mark, *map(literal, said))
     if found.notes:
-        yield from ("", *(f"- {_literal(note)}" for note in found.notes))
+        yield from ("", *(f"- {literal(note)}" for note in found.notes))
     if found.metrics:
-        yield from ("", "## Metrics", "", *_table("metric", *found.runs, right=len(found.runs)))
+        yield from ("", "## Metrics", "", *table_head("metric", *found.runs, right=len(found.runs)))
         for row in found.metrics.values():
-            yield _line(_label(row), *(_estimate(row, mark) for mark in found.runs))
-        yield from ("", _literal(HOW_TO_READ.format(best="Bold")))
+            yield table_row(_label(row), *(_estimate(row, mark) for mark in found.runs))
+        yield from ("", literal(HOW_TO_READ.format(best="Bold")))
     yield from ("", "## Reward against KL", "", "![reward against KL](frontier.png)")
     if len(found.runs) > 1:
         yield from ("", "## What differs")
         parts = {"param": found.params, "data": found.data, "code and machine": found.code}
         for title, differences in parts.items():
             if differences:
-                yield from ("", *_table(title, *found.runs))
+                yield from ("", *table_head(title, *found.runs))
                 for name, values in differences.items():
-                    yield _line(_literal(name), *map(_literal, _cells(values)))
+                    yield table_row(literal(name), *map(literal, _cells(values)))
         for line in _in_common(found):
-            yield from ("", _literal(line))
+            yield from ("", literal(line))
     if found.samples:
         yield from ("", "## The same held-out prompts")
         yield from _answers(found)
@@ -171,33 +171,17 @@ def _page(found: Comparison) -> Iterator[str]:
 def _answers(found: Comparison) -> Iterator[str]:
     scores = _scores(found)
     for sample in found.samples[:SAMPLES_OF_THE_REPORT]:
-        yield from ("", f"**{_literal(sample.prompt)}**", "")
-        yield from _table("", *scores, "answer")
+        yield from ("", f"**{literal(sample.prompt)}**", "")
+        yield from table_head("", *scores, "answer")
         for mark, answer in sample.answers.items():
             numbers = (_number(answer.scores.get(name)) for name in scores)
-            yield _line(mark, *numbers, _literal(answer.text))
+            yield table_row(mark, *numbers, literal(answer.text))
 
 
 def _estimate(row: MetricRow, mark: str) -> str:
     value, interval = _numbers(row.values[mark], row.digits)
     shown = f"**{value}**" if mark in row.best else value
-    return f"{shown} {_literal(interval)}".rstrip()
-
-
-def _table(*heads: str, right: int = 0) -> tuple[str, str]:
-    """The head of a table whose last columns are numbers."""
-    left = len(heads) - right
-    return _line(*heads), f"|{'---|' * left}{'---:|' * right}"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _literal(text: str) -> str:
-    """A text with nothing in it that Markdown or HTML would obey, on one line."""
-    escaped = MARKDOWN.sub(r"\\\1", str(plain(text)))
-    return "<br>".join(line.strip() for line in escaped.splitlines())
+    return f"{shown} {literal(interval)}".rstrip()
 
 
 # Both.

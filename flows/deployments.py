@@ -1,4 +1,4 @@
-"""What the deployments of prefect.yaml run: the same flow as on the command line, behind a form.
+"""What the deployments of prefect.yaml run: the flows of the command line, each behind a form.
 
 Imports Prefect alone, so that the form is made, and a bad param refused, at once.
 """
@@ -8,13 +8,23 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import WithJsonSchema
 
-from flows.form import as_overrides, experiment_schema, knobs_schema, overrides_schema
-from flows.naming import flow_run_name
+from flows.form import (
+    as_overrides,
+    experiment_schema,
+    knobs_schema,
+    overrides_schema,
+    parallel_schema,
+    sweep_schema,
+)
+from flows.naming import flow_run_name, sweep_run_name
 from flows.summary import RunSummary
+from flows.sweep_summary import SweepSummary
 from plumbline.params.schema import StepName
 
 Choice = Annotated[str, WithJsonSchema(experiment_schema())]
 Knobs = Annotated[dict[str, Any], WithJsonSchema(knobs_schema())]
+SweepChoice = Annotated[str, WithJsonSchema(sweep_schema())]
+Parallel = Annotated[int | None, WithJsonSchema(parallel_schema())]
 Overrides = Annotated[list[str], WithJsonSchema(overrides_schema())]
 
 
@@ -54,3 +64,41 @@ def align(
     tag_flow_run()
     # The function, not the flow: a flow in a flow would be a run of its own in the UI.
     return run.fn(experiment, texts, refresh, allow_dirty)
+
+
+@flow(name="sweep", flow_run_name=sweep_run_name, persist_result=False)
+def sweep(
+    sweep: SweepChoice = "sweep-kl",
+    overrides: Overrides = [],  # noqa: B006
+    parallel: Parallel = None,
+    allow_dirty: bool = False,
+) -> SweepSummary:
+    """Run an experiment at each point of a sweep; steps that points share run once.
+
+    Args:
+        sweep: A sweep in params/. One that is new appears here after `plumbline up`.
+        overrides: Changes, each as KEY=VALUE: sweep.best.metric=judge to the sweep, rl.episodes=512
+            to its experiment at every point.
+        parallel: Points that run at a time, each in a process of its own, 1 to 64; left empty, as
+            many as the sweep says.
+        allow_dirty: Accept data that differs from data.dvc, and tag the runs so.
+    """
+    from plumbline.params.sweep import load_sweep
+    from plumbline.project import find_project, make_home
+    from tasks.sources import read_sources
+
+    texts = as_overrides({"sweep": {"parallel": parallel}}, overrides)
+    project = find_project()
+    make_home(project.home)
+    # What is wrong is found before the imports, which take seconds.
+    load_sweep(sweep, project.params, texts)
+    read_sources()
+    from flows.points import warm_up
+
+    # It imports what the points need beside what is imported here.
+    warm_up(project.home)
+    from flows.sweep import sweep as run
+    from tasks.bookkeeping import tag_flow_run
+
+    tag_flow_run()
+    return run.fn(sweep, texts, allow_dirty)

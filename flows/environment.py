@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from plumbline.project import Project
 
@@ -34,6 +35,17 @@ def prepare_environment(project: Project) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    _hide_credentials()
+
+
+def _hide_credentials() -> None:
+    """Take user and password of a server out of its address, which MLflow puts into messages."""
+    parts = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
+    if parts.scheme in ("http", "https") and parts.username:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+        where = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+        os.environ["MLFLOW_TRACKING_URI"] = where.geturl()
 
 
 def database_uri(home: Path) -> str:

@@ -1,4 +1,4 @@
-"""The form of a custom run: which params it offers, and the overrides that it stands for.
+"""The forms of a custom run and a sweep: which params they offer, and the overrides they stand for.
 
 Types, ranges and meanings are the schema's own. Imports no framework.
 """
@@ -11,6 +11,7 @@ from plumbline.errors import ParamsError, PlumblineError
 from plumbline.params.fields import catalogue
 from plumbline.params.loader import flatten, is_sweep
 from plumbline.params.schema import Experiment
+from plumbline.params.sweep import SweepParams
 from plumbline.project import find_project
 
 KNOBS = (
@@ -41,12 +42,27 @@ KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaxi
 
 def experiment_schema() -> dict[str, Any]:
     """JSON schema of the choice of an experiment: what is in params/ now, but sweeps."""
+    return _choice(sweeps=False)
+
+
+def sweep_schema() -> dict[str, Any]:
+    """JSON schema of the choice of a sweep: what is in params/ now."""
+    return _choice(sweeps=True)
+
+
+def parallel_schema() -> dict[str, Any]:
+    """JSON schema of how many points run at a time; left empty, as the sweep says."""
+    field = SweepParams.model_json_schema()["properties"]["parallel"]
+    return {word: field[word] for word in KEPT if word in field}
+
+
+def _choice(*, sweeps: bool) -> dict[str, Any]:
     try:
         folder = find_project().params
     except PlumblineError:
         return {"type": "string"}
     files = (path for path in folder.glob("*.yaml") if not path.name.startswith("_"))
-    names = sorted(path.stem for path in files if not is_sweep(path))
+    names = sorted(path.stem for path in files if is_sweep(path) is sweeps)
     return {"type": "string", "enum": names} if names else {"type": "string"}
 
 

@@ -1,5 +1,29 @@
 """The numbers that a run is judged by, with their labels."""
 
+HEADLINE = (
+    "eval/win_rate",
+    "eval/win_rate_low",
+    "eval/win_rate_high",
+    "eval/gold_win_rate",
+    "eval/judge_win_rate",
+    *(
+        f"eval/{model}/{name}"
+        for model in ("sft", "policy")
+        for name in ("score", "gold", "judge", "distinct_2", "length_mean")
+    ),
+    "eval/policy/kl",
+    "reward_model/accuracy",
+    "judge/accuracy",
+    "dpo/held_out_accuracy",
+    "rl/warnings",
+)
+"""What the run of a pipeline has in MLflow: few enough for a table of runs to be read."""
+
+
+def headline_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of a run that its row in MLflow's table shows; the steps' runs have all."""
+    return {name: metrics[name] for name in HEADLINE if name in metrics}
+
 
 def headline(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     """The metrics in which the two models are compared: label, SFT's value, policy's value."""

@@ -12,13 +12,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import MachineError
 from plumbline.project import Project
 from plumbline.refs import StepResult
 from tasks import inventory
 from tasks.inventory import Inventory, StoredModel
 from tasks.locks import Busy, step_lock
-from tasks.mlflow_client import shown_uri
 from tasks.records import adapted_model, read_result, step_of
 
 LEFT_OVER_SECONDS = 3600.0
@@ -143,8 +143,9 @@ def read_store(project: Project) -> Inventory:
     if not inventory.is_own_store(project.home):
         raise MachineError(
             "gc works on the project's own MLflow store alone: expected MLFLOW_TRACKING_URI unset "
-            f"or sqlite:///{project.home / 'mlflow.db'}, got {shown_uri(inventory.store_uri())}. "
-            "On a shared store delete runs and models in its UI, then run `mlflow gc`."
+            f"or sqlite:///{project.home / 'mlflow.db'}, got "
+            f"{without_credentials(inventory.store_uri())}. On a shared "
+            "store delete runs and models in its UI, then run `mlflow gc`."
         )
     return inventory.take_inventory(project.home)
 

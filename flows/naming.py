@@ -57,3 +57,15 @@ def flow_run_name() -> str:
     pairs = (text.partition("=") for text in texts)
     experiment = given.get("experiment", "quickstart")
     return run_name(experiment, {key: value for key, _, value in pairs})
+
+
+def sweep_run_name() -> str:
+    """The name of the sweep's flow run that starts in this context, by its parameters."""
+    from prefect import runtime
+
+    given = runtime.flow_run.parameters
+    pairs = (text.partition("=") for text in given.get("overrides") or ())
+    changed = {key.strip().removeprefix("sweep."): value for key, _, value in pairs}
+    if given.get("parallel") is not None:
+        changed["parallel"] = given["parallel"]
+    return run_name(str(given.get("sweep") or given.get("name")), changed)

@@ -8,6 +8,9 @@ from plumbline.errors import PlumblineError
 from plumbline.params.schema import Experiment
 from plumbline.refs import DataVersion
 
+SWEEP_TAG, POINT_TAG = "sweep:", "point:"
+"""Begin the tags of the flow run of a point."""
+
 
 class Place(NamedTuple):
     """A point's place."""
@@ -63,7 +66,7 @@ def place_in_sweep() -> Place | None:
 def flow_tags() -> list[str]:
     """What the flow run of this process says of its sweep, if there is one."""
     place = place_in_sweep()
-    return [f"sweep:{place.sweep}"] if place else []
+    return [f"{SWEEP_TAG}{place.sweep}", f"{POINT_TAG}{place.number}"] if place else []
 
 
 def take_place(place: Place) -> None:

@@ -42,7 +42,7 @@ class Starter:
     """A process of `flows.starter`."""
 
     def __init__(self, home: Path) -> None:
-        env = {name: v for name, v in os.environ.items() if name != "PREFECT__FLOW_RUN_ID"}
+        env = dict(os.environ)
         if is_own():
             # The points use the project's own server, too, and have to say so themselves.
             del env["PREFECT_API_URL"]

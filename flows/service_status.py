@@ -10,6 +10,7 @@ from rich.text import Text
 
 from flows.environment import database_uri
 from flows.services import MLFLOW, PREFECT, WORKER, Service, State, answers, read_state
+from plumbline.addresses import without_credentials
 from plumbline.project import Project
 
 Word = Literal["up", "down", "died", "does not answer", "named"]
@@ -90,7 +91,8 @@ def tracking_uri(project: Project) -> str:
 
 def _named(url: str) -> ServiceStatus:
     ok = not url.startswith("http") or answers(f"{url.rstrip('/')}/health")
-    return ServiceStatus(state="named" if ok else "does not answer", url=url)
+    state: Word = "named" if ok else "does not answer"
+    return ServiceStatus(state=state, url=without_credentials(url))
 
 
 def _status(state: State, name: str) -> ServiceStatus:

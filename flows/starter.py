@@ -28,6 +28,10 @@ def main(home: Path) -> None:
     # What libraries print is no report.
     reports = os.dup(1)
     os.dup2(2, 1)
+    # Where a worker has started the sweep: its points are runs of their own to Prefect. To others
+    # this process still shows what it was started with, and so `plumbline down` knows whose it is.
+    for name in [name for name in os.environ if name.startswith("PREFECT__")]:
+        del os.environ[name]
     from flows.prefect_server import join_server
     from tasks.sources import read_sources
 

@@ -1,6 +1,7 @@
 """The flow of a sweep: the points of an experiment, and what they bring out together."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -13,8 +14,12 @@ from prefect.artifacts import create_markdown_artifact
 from rich.console import Console
 from rich.text import Text
 
+from flows.headline import headline_metrics
+from flows.naming import sweep_run_name
+from flows.pages import MlflowPages, mlflow_pages
 from flows.place import Place, basis_of
 from flows.points import Outcome, run_points
+from flows.run_page import as_url, show_links
 from flows.stopping import cancellable
 from flows.sweep_planning import Data, check_points, verified_data
 from flows.sweep_summary import (
@@ -31,12 +36,15 @@ from plumbline.evaluation.sweep_frontier import sweep_frontier
 from plumbline.params.loader import flatten
 from plumbline.params.sweep import LoadedSweep, Point, load_sweep
 from plumbline.project import Project, find_project, make_home
-from tasks import tracking
+from tasks import model_store, tracking
 from tasks.aliases import move_alias, note_version
 from tasks.bookkeeping import close_dead_runs
 from tasks.data_version import git_state
+from tasks.live import live_progress
 from tasks.pictures import publish_image
 from tasks.progress import quiet_libraries
+
+log = logging.getLogger("plumbline")
 
 
 class PointsFailed(TrainingError):
@@ -51,7 +59,7 @@ class PointsFailed(TrainingError):
         self.summary = summary
 
 
-@flow(name="sweep", flow_run_name="{name}", persist_result=False)
+@flow(name="sweep", flow_run_name=sweep_run_name, persist_result=False)
 def sweep(
     name: str = "sweep-kl",
     overrides: list[str] | None = None,
@@ -72,6 +80,8 @@ def sweep(
     loaded = load_sweep(name, project.params, overrides or ())
     data = verified_data(project, loaded, allow_dirty=allow_dirty)
     check_points(project, loaded)
+    for registered in dict.fromkeys(point.experiment.registry.name for point in loaded.points):
+        model_store.check_owner(registered)
     close_dead_runs(project.home)
     flow_run_id = str(runtime.flow_run.id)
     run_name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{flow_run_id[:4]}"
@@ -79,6 +89,8 @@ def sweep(
     folder.mkdir(parents=True)
     params, tags = _params(loaded), _tags(project, loaded, data, overrides or [], run_name)
     with tracking.sweep_run(run_name, project.home, params, tags) as tracked:
+        pages = mlflow_pages(project, tracked.experiment_id)
+        show_links(run_name, tracked.run_id, pages)
         with cancellable(flow_run_id):
             ended = _run(project, loaded, data, tracked.run_id, folder, allow_dirty)
         summary = conclude(
@@ -89,7 +101,7 @@ def sweep(
             seconds=round(time.perf_counter() - started, 3),
             report=str(folder),
         )
-        _record(project, tracked, loaded, summary, folder)
+        _record(project, tracked, loaded, summary, folder, pages)
         if summary.failed:
             raise PointsFailed(summary)
     if summary.registered:
@@ -130,6 +142,12 @@ def _run(
 ) -> list[PointSummary]:
     """Run the points, and show how far they are."""
     console = Console(stderr=True)
+
+    def tell(words: Text, level: int = logging.INFO) -> None:
+        """Say it on the terminal, and on the run's page."""
+        console.print(words)
+        log.log(level, words.plain)
+
     if loaded.sweep.parallel > 1 and "OMP_NUM_THREADS" not in os.environ:
         console.print(
             f"{loaded.sweep.parallel} points at a time share {os.cpu_count()} cores, each with as "
@@ -139,12 +157,13 @@ def _run(
         )
 
     def starting(point: Point) -> Place:
-        console.print(Text(f"point {point.number} of {len(loaded.points)}, {point.label}: starts"))
+        tell(Text(f"point {point.number} of {len(loaded.points)}, {point.label}: starts"))
         basis = basis_of(point.experiment, data[point.experiment.data.path])
         return Place(run_id, folder.name, point.number, point.label, basis)
 
     ended: list[PointSummary] = []
-    with console.status("") as status:
+    with console.status("") as status, live_progress("sweep", "points") as progress:
+        progress.report(0, len(loaded.points))
 
         def say(words: str) -> None:
             status.update(Text(words, no_wrap=True, overflow="ellipsis"))
@@ -156,7 +175,9 @@ def _run(
         with closing(points):
             for outcome in points:
                 ended.append(summarise(outcome))
-                console.print(_said(outcome, len(loaded.points)))
+                failed = outcome.summary is None
+                tell(_said(outcome, len(loaded.points)), logging.ERROR if failed else logging.INFO)
+                progress.report(len(ended), len(loaded.points))
     return ended
 
 
@@ -170,14 +191,17 @@ def _said(outcome: Outcome, points: int) -> Text:
 
 
 def _with_runs(project: Project, run_id: str, ended: list[PointSummary]) -> list[PointSummary]:
-    """The points with the runs that they made in MLflow, which a failed one can't tell itself."""
+    """The points with the runs that they made, which a failed one can't tell itself."""
     runs = {
-        tags.get("plumbline.point"): found
+        tags.get("plumbline.point"): (found, tags.get("prefect.flow_run_id"))
         for found, tags in tracking.runs_below(run_id, project.home)
     }
-    return [
-        point.model_copy(update={"mlflow_run_id": runs.get(str(point.number))}) for point in ended
-    ]
+    return [_with_run(point, *runs.get(str(point.number), (None, None))) for point in ended]
+
+
+def _with_run(point: PointSummary, run: str | None, flow_run: str | None) -> PointSummary:
+    found = {"mlflow_run_id": run, "prefect_flow_run_id": flow_run or point.prefect_flow_run_id}
+    return point.model_copy(update=found)
 
 
 def _record(
@@ -186,6 +210,7 @@ def _record(
     loaded: LoadedSweep,
     summary: SweepSummary,
     folder: Path,
+    pages: MlflowPages,
 ) -> None:
     """Leave what the points brought out together: files, the run in MLflow, the alias."""
     points = measured(summary.points)
@@ -203,11 +228,14 @@ def _record(
     tracked.tag(_outcome_tags(summary))
     if summary.best is not None:
         best = next(point for point in summary.points if point.number == summary.best)
-        tracked.finals(best.metrics)
+        tracked.finals(headline_metrics(best.metrics))
         made = summary.registered
         point = partial(tracking.point_alias, made["name"], made["alias"], made["version"])
         move_alias(project.home, made["name"], made["alias"], point)
-    create_markdown_artifact(markdown(summary, picture=None), key="sweep")
+    shown = as_url(folder / "frontier.png") if points else None
+    create_markdown_artifact(
+        markdown(summary, shown, pages), key="sweep", description=summary.conclusion
+    )
 
 
 def _outcome_tags(summary: SweepSummary) -> dict[str, str]:

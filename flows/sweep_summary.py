@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.closing import ui_commands
+from flows.markdown import link
+from flows.pages import MlflowPages, flow_run_page
 from flows.points import Outcome, last_words
 from flows.summary import RunSummary, StepSummary
 from plumbline.evaluation.best import SweepPoint, best_point, rule_in_words, why_no_best
@@ -46,6 +48,7 @@ class PointSummary(BaseModel):
     seconds: float
     mlflow_run_id: str | None
     """None where none was made, or where it is not known."""
+    prefect_flow_run_id: str | None = None
     steps: dict[str, StepSummary]
     metrics: dict[str, float]
     registered: dict[str, str]
@@ -126,6 +129,7 @@ def finished_point(
         exit_code=0,
         seconds=round(seconds, 3),
         mlflow_run_id=run.mlflow_run_id,
+        prefect_flow_run_id=run.prefect_flow_run_id,
         steps=run.steps,
         metrics=run.metrics,
         registered=run.registered,
@@ -186,21 +190,35 @@ def table_rows(summary: SweepSummary) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(summary: SweepSummary, picture: str | None = "frontier.png") -> str:
-    """The sweep on a page: the best point, the figure, the table, what failed."""
+def markdown(
+    summary: SweepSummary,
+    picture: str | None = "frontier.png",
+    pages: MlflowPages | None = None,
+) -> str:
+    """The sweep on a page: the best point, the figure, the table, what failed.
+
+    Args:
+        summary: the sweep.
+        picture: address of the figure; None leaves it out.
+        pages: addresses in MLflow; with them the page, which is Prefect's, links to the points.
+    """
     lines = [f"# {summary.sweep}", "", f"{len(summary.points)} points of {summary.experiment}."]
     lines += ["", f"**Rule**: {summary.rule}.", "", f"**{summary.conclusion}**", ""]
     if picture and measured(summary.points):
         lines += [f"![scores against KL]({picture})", ""]
     shown = _shown(summary.points)
-    header = ["", "point", *shown, "seconds", "status"]
-    lines += [_row(header), _row(["---"] * 2 + ["---:"] * (len(shown) + 1) + ["---"])]
+    header = ["", "point", *shown, "seconds", "status", *(["open"] if pages else [])]
+    numbers_at = len(shown) + 1
+    last = len(header) - numbers_at - 2
+    lines += [_row(header), _row(["---"] * 2 + ["---:"] * numbers_at + ["---"] * last)]
     for point in summary.points:
         cells = _cells(point)
         name = f"**{point.label}**" if point.number == summary.best else point.label
         numbers = [cells.get(column, "") for column in shown]
         status = "best" if point.number == summary.best else point.status
-        lines.append(_row([str(point.number), name, *numbers, f"{point.seconds:.0f}", status]))
+        links = [_links(point, pages)] if pages else []
+        row = [str(point.number), name, *numbers, f"{point.seconds:.0f}", status, *links]
+        lines.append(_row(row))
     lines += ["", "Estimates on held-out prompts, with their 95% intervals; KL in nats a response."]
     lines += ["", *summary.notes] if summary.notes else []
     if summary.failed:
@@ -209,7 +227,30 @@ def markdown(summary: SweepSummary, picture: str | None = "frontier.png") -> str
             _row([f"{p.number}: {p.label}", str(p.exit_code), _code(p.error), _code(p.log)])
             for p in summary.failed
         ]
+    if pages:
+        lines += ["", *_ways_on(summary, pages)]
     return "\n".join(lines) + "\n"
+
+
+def _links(point: PointSummary, pages: MlflowPages) -> str:
+    """Where a point's run is in Prefect and in MLflow, as far as it has one."""
+    flow_run, run = point.prefect_flow_run_id, point.mlflow_run_id
+    links = [link("flow run", flow_run_page(flow_run))] if flow_run else []
+    return " · ".join([*links, *([link("MLflow", pages.run(run))] if run else [])])
+
+
+def _ways_on(summary: SweepSummary, pages: MlflowPages) -> list[str]:
+    assert summary.mlflow_run_id is not None
+    lines = [f"- {link('The sweep in MLflow', pages.run(summary.mlflow_run_id))}"]
+    if summary.registered:
+        name, version = summary.registered["name"], summary.registered["version"]
+        alias = summary.registered["alias"]
+        shown = link(f"{name} version {version}", pages.version(name, version))
+        lines.append(
+            f"- {shown}, alias {alias}, the best point's; talk to it: `plumbline chat "
+            f"{name}@{alias}`"
+        )
+    return [*lines, *([f"- {pages.how_to_open}"] if pages.how_to_open else [])]
 
 
 def show_sweep(console: Console, project: Project, summary: SweepSummary) -> None:

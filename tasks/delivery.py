@@ -33,15 +33,17 @@ def metrics_record(metrics: Mapping[str, float], step: int = 0) -> Record:
     return {"metrics": values, "step": step, "time": _now()}
 
 
-def dataset_record(name: str, digest: str, source: str, rows: int, context: str) -> Record:
-    """A data set that a run reads."""
+def dataset_record(
+    name: str, digest: str, source: str, size: Mapping[str, int], context: str
+) -> Record:
+    """A data set that a run reads; `size` says how much is in it, in MLflow's words."""
     return {
         "dataset": {
             "name": name,
             "digest": digest[:DIGEST_CHARACTERS],
             "source_type": "local",
             "source": json.dumps({"uri": source}),
-            "profile": json.dumps({"num_rows": rows}),
+            "profile": json.dumps(size),
         },
         "context": context,
     }

@@ -19,8 +19,8 @@ from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.checkpoints import step_checkpoints
+from tasks.live import step_progress
 from tasks.pictures import publish_image
-from tasks.progress import progress_bar
 
 
 @task(name="dpo", **step_options)
@@ -37,7 +37,7 @@ def dpo(
     asked = {**params.model_dump(), "seed": seed, "precision": precision}
     with (
         tracking.step_run(run, "dpo", asked) as tracked,
-        progress_bar("dpo", "pairs") as progress,
+        step_progress(tracked, "pairs") as progress,
         memory_advice("dpo"),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))

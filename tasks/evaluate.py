@@ -27,10 +27,11 @@ from plumbline.refs import DataRef, EvaluationRef, ModelRef
 from plumbline.training.device import training_device
 from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
+from plumbline.training.reporting import Progress
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.live import step_progress
 from tasks.pictures import publish_image
-from tasks.progress import progress_bar
 
 
 @task(name="evaluate", **step_options)
@@ -50,7 +51,7 @@ def evaluate(
     asked = {**params.model_dump(), **sampling.model_dump(), "seed": seed, "precision": precision}
     with (
         tracking.step_run(run, "evaluate", asked) as tracked,
-        progress_bar("evaluate", "answers") as progress,
+        step_progress(tracked, "answers") as progress,
         memory_advice("evaluate", ["set evaluate.judge to false"] if judge else []),
     ):
         encoder = ChatEncoder(load_tokenizer(model_store.tokenizer_folder(sft)))
@@ -65,6 +66,12 @@ def evaluate(
         )
         gold = load_function(params.gold, "evaluate.gold") if params.gold else None
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
+        answers = len(held_out) * (2 + (params.best_of_n if params.best_of_n > 1 else 0))
+
+        def after(before: int) -> Progress:
+            """What counts the answers of one of the three parts after those before."""
+            return lambda done, total: progress(before + done, answers)
+
         ways = [f"lower evaluate.batch_size, which is {params.batch_size}"]
         with (
             memory_advice("evaluate", ways if params.batch_size > 1 else []),
@@ -72,16 +79,16 @@ def evaluate(
         ):
             sft_answers, policy_answers = (
                 answer(
-                    model, reference, scorer, encoder, held_out, drawn, params, gold, progress,
-                    onlooker,
+                    model, reference, scorer, encoder, held_out, drawn, params, gold,
+                    after(part * len(held_out)), onlooker,
                 )
-                for model in (reference, trained)
+                for part, model in enumerate((reference, trained))
             )  # fmt: skip
             curve: list[BestOf] = []
             if params.best_of_n > 1:
                 repeated = answer_repeatedly(
                     reference, scorer, encoder, held_out, params.best_of_n, drawn, params, gold,
-                    progress, onlooker,
+                    after(2 * len(held_out)), onlooker,
                 )  # fmt: skip
                 curve = best_of_n_curve(
                     repeated.scores,

@@ -10,6 +10,7 @@ from typing import Any
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import PlumblineError
 
 LASTING = (
@@ -89,8 +90,8 @@ def broken_device(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in a line: its type and how its message begins."""
-    lines = str(error).strip().splitlines()
+    """An error in a line: its type and how its message begins, without passwords of addresses."""
+    lines = without_credentials(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow
-
 from plumbline.process import alive
+from tasks.experiments import experiment_ids
+from tasks.experiments import is_own_store as is_own_store
+from tasks.experiments import store_uri as store_uri
 from tasks.mlflow_client import client
-from tasks.tracking import EXPERIMENT, PROCESS_TAG
+from tasks.tracking import PROCESS_TAG
 
 
 class StoredRun(NamedTuple):
@@ -59,26 +60,13 @@ class Inventory(NamedTuple):
     versions: list[StoredVersion]
 
 
-def store_uri() -> str:
-    """Where MLflow keeps its runs."""
-    return str(mlflow.get_tracking_uri())
-
-
-def is_own_store(home: Path) -> bool:
-    """Whether MLflow's store is the database in the project's folder, which nothing else uses."""
-    uri = store_uri()
-    path = Path(uri.removeprefix("sqlite:///"))
-    return uri.startswith("sqlite:///") and path.resolve() == _database(home).resolve()
-
-
 def take_inventory(home: Path) -> Inventory:
     """Read the whole store; runs and models that were deleted in MLflow are not in it."""
     if is_own_store(home) and not _database(home).exists():
         return Inventory([], [], [])
-    experiment = client().get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
+    ids = experiment_ids(client(), home)
+    if not ids:
         return Inventory([], [], [])
-    ids = [experiment.experiment_id]
     # In this order: a run comes before its models, and a model before its versions.
     versions = list(_versions())
     models = [_model(found) for found in _pages(client().search_logged_models, ids)]

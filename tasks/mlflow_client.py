@@ -13,11 +13,11 @@ from importlib import import_module
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import mlflow
 from mlflow import MlflowClient
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import TrainingError
 from tasks.faults import passing, root_cause
 from tasks.progress import show_warning
@@ -125,22 +125,15 @@ def say_waiting(error: Exception | None = None) -> None:
     show_warning(f"MLflow does not answer{why}; waiting for it, up to {wait_seconds():.0f} s …")
 
 
-def shown_uri(uri: str) -> str:
-    """A store's URI without the name, the password and the query that may stand in it."""
-    parts = urlsplit(uri)
-    if not parts.netloc:
-        return uri
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def gave_up(error: Exception | None = None) -> TrainingError:
     """The error of a step for which MLflow was away too long."""
     why = f" ({root_cause(error)})" if error else ""
+    store = without_credentials(mlflow.get_tracking_uri())
     return TrainingError(
-        f"MLflow did not answer for {wait_seconds():.0f} s{why}: expected the store "
-        f"{shown_uri(mlflow.get_tracking_uri())}. Bring it back, then run again: finished steps "
-        "come from the cache, training resumes at its last checkpoint, and what was logged "
-        "meanwhile is sent. PLUMBLINE_MLFLOW_WAIT_SECONDS sets how long to wait."
+        f"MLflow did not answer for {wait_seconds():.0f} s{why}: expected the store {store}. Bring "
+        "it back, then run again: finished steps come from the cache, training resumes at its last "
+        "checkpoint, and what was logged meanwhile is sent. PLUMBLINE_MLFLOW_WAIT_SECONDS sets how "
+        "long to wait."
     )
 
 

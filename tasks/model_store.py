@@ -18,14 +18,22 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, Schema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plumbline.addresses import without_credentials
 from plumbline.artifacts import new_folder, write_manifest
 from plumbline.errors import ParamsError, TrainingError
 from plumbline.models.load import load_lm
+from plumbline.project import find_project
 from plumbline.refs import ModelRef
 from plumbline.training.lora import load_merged, save_adapter
+from tasks.experiments import experiment_name, is_own_store, store_uri
 from tasks.records import ADAPTED, content_digest, local_path
 from tasks.tracking import StepRun, client, open_uri
 from tasks.tracking import point_alias as point_alias
+
+PROJECT_TAG = "plumbline.project"
+"""Of a registered model: the project that made it."""
+ADAPTER_LOADER = "tasks.adapter_loader"
+"""The module by which MLflow loads an adapter."""
 
 
 def log_model(
@@ -51,11 +59,13 @@ def log_adapter(
     tokenizer: PreTrainedTokenizerBase,
     *,
     base: ModelRef,
+    max_new_tokens: int,
     metrics: Mapping[str, float],
 ) -> ModelRef:
     """Log the adapters on a model alone, beside the name of the model that they change."""
 
     def save(folder: Path, logged: Any) -> None:
+        _describe_adapter(folder, logged, max_new_tokens)
         save_adapter(model, folder / "adapter", base=f"sha256:{base.digest}")
         tokenizer.save_pretrained(folder / "components" / "tokenizer")
         adapted = {"uri": base.uri, "digest": base.digest}
@@ -75,7 +85,9 @@ def log_policy(
 ) -> ModelRef:
     """Log an aligned language model: whole, or its adapters where it has them on `base`."""
     if base is not None:
-        return log_adapter(tracked, model, tokenizer, base=base, metrics=metrics)
+        return log_adapter(
+            tracked, model, tokenizer, base=base, max_new_tokens=max_new_tokens, metrics=metrics
+        )
     return log_model(
         tracked, "text-generation", model, tokenizer, max_new_tokens=max_new_tokens, metrics=metrics
     )
@@ -115,18 +127,42 @@ def _log(
     )
 
 
-def register_model(name: str, model: ModelRef, tags: Mapping[str, str]) -> str:
+def register_model(
+    name: str, model: ModelRef, tags: Mapping[str, str], description: str = ""
+) -> str:
     """Make a version of a registered model from a logged model; returns the version's number."""
     with contextlib.suppress(MlflowException):
-        client().create_registered_model(name)
+        client().create_registered_model(name, {PROJECT_TAG: experiment_name()})
     made = client().create_model_version(
         name,
         source=f"models:/{model.mlflow_model_id}",
         run_id=model.mlflow_run_id,
         model_id=model.mlflow_model_id,
         tags=dict(tags),
+        description=description,
     )
     return str(made.version)
+
+
+def check_owner(name: str) -> None:
+    """Check that a registered model is no other project's, on a server that others may use.
+
+    Raises:
+        ParamsError: it is.
+    """
+    if is_own_store(find_project().home):
+        return
+    owner = None
+    # There is none yet.
+    with contextlib.suppress(MlflowException):
+        owner = client().get_registered_model(name).tags.get(PROJECT_TAG)
+    if owner not in (None, experiment_name()):
+        raise ParamsError(
+            f"registry.name: expected a registered model of this project ({experiment_name()}), "
+            f"got {name}, which on {without_credentials(store_uri())} is the project {owner}'s: "
+            "versions and aliases of both would mix. Set registry.name to another name, or, if it "
+            f"is the same project in another folder, MLFLOW_EXPERIMENT_NAME={owner}."
+        )
 
 
 def version_exists(name: str, version_number: str) -> bool:
@@ -199,6 +235,36 @@ def _discard_model(logged: Any) -> None:
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
+def _describe_adapter(folder: Path, logged: Any, max_new_tokens: int) -> None:
+    """Write what MLflow wants to know of an adapter: its signature, and what loads it.
+
+    MLflow's own form of an adapter names a model of the hub, which ours is not.
+    """
+    # It takes a second, which models that are whole spend as they are saved.
+    from mlflow.pyfunc import add_to_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    described = _describe(logged)
+    described.signature = _text_to_text()
+    add_to_model(
+        described, loader_module=ADAPTER_LOADER, model_config={"max_new_tokens": max_new_tokens}
+    )
+    described.save(str(folder / "MLmodel"))
+
+
+def _describe(logged: Any) -> Model:
+    return Model(
+        run_id=logged.source_run_id,
+        model_id=logged.model_id,
+        artifact_path=logged.artifact_location,
+    )
+
+
+def _text_to_text() -> ModelSignature:
+    text = Schema([ColSpec("string")])
+    return ModelSignature(inputs=text, outputs=text)
+
+
 def _save_model(
     folder: Path,
     logged: Any,
@@ -207,11 +273,11 @@ def _save_model(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int | None,
 ) -> None:
-    text = Schema([ColSpec("string")])
     if kind == "text-generation":
-        signature = ModelSignature(inputs=text, outputs=text)
+        signature = _text_to_text()
         config = {"max_new_tokens": max_new_tokens, "return_full_text": False}
     else:
+        text = Schema([ColSpec("string")])
         score = Schema([ColSpec("string", "label"), ColSpec("double", "score")])
         signature, config = ModelSignature(inputs=text, outputs=score), {}
     # An empty name keeps MLflow from looking for a model card on the hub.
@@ -227,9 +293,5 @@ def _save_model(
             f"torch=={torch.__version__}",
             f"transformers=={transformers.__version__}",
         ],
-        mlflow_model=Model(
-            run_id=logged.source_run_id,
-            model_id=logged.model_id,
-            artifact_path=logged.artifact_location,
-        ),
+        mlflow_model=_describe(logged),
     )

@@ -1,12 +1,15 @@
 """Past pipeline runs as MLflow remembers them: what they were made of, and what came of them."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plumbline.project import find_project
+from tasks.experiments import experiment_ids
 from tasks.mlflow_client import PatientClient, client
-from tasks.tracking import EXPERIMENT, open_uri
+from tasks.tracking import open_uri
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 ID_PREFIX = re.compile(r"[0-9a-f]{1,32}")
@@ -52,14 +55,14 @@ def find_run(run_id: str, store: str | None = None) -> PastRun | None:
     if not RUN_ID.fullmatch(run_id):
         return None
     runs = _client(store)
-    found = _search(runs, f"attributes.run_id = '{run_id}'")
-    return _past_run(runs, found[0]) if found else None
+    found = _search(runs, f"attributes.run_id = '{run_id}'", store=store)
+    return _past_run(runs, found[0], store) if found else None
 
 
 def last_pipelines(count: int, store: str | None = None) -> list[PastRun]:
     """The newest finished pipeline runs, newest first, without their steps."""
     finished = f"{PIPELINE} and attributes.status = 'FINISHED'"
-    return [_bare(run) for run in _search(_client(store), finished, count)]
+    return [_bare(run) for run in _search(_client(store), finished, count, store)]
 
 
 def pipelines_named(name: str) -> list[PastRun]:
@@ -81,7 +84,7 @@ def pipelines_beginning(prefix: str) -> list[PastRun]:
 
 def resolved_experiment(run: PastRun) -> dict[str, Any] | None:
     """The whole experiment that a run of this project's store ran; None where it keeps none."""
-    path = _kept_file(run.run_id, run.artifacts, "experiment.json")
+    path = _kept_file(client(), run.run_id, run.artifacts, "experiment.json")
     return None if path is None else dict(json.loads(path.read_bytes()))
 
 
@@ -104,16 +107,17 @@ def _step_file(step: PastStep, name: str) -> Any:
     if not RUN_ID.fullmatch(step.made_by):
         return None
     found = _search(client(), f"attributes.run_id = '{step.made_by}'")
-    path = _kept_file(step.made_by, found[0].info.artifact_uri, name) if found else None
+    artifacts = found[0].info.artifact_uri if found else ""
+    path = _kept_file(client(), step.made_by, artifacts, name) if found else None
     try:
         return None if path is None else json.loads(path.read_bytes())
     except ValueError:
         return None
 
 
-def _kept_file(run_id: str, artifacts: str, name: str) -> Path | None:
-    """A file of a run of this project's store; None where it keeps no such file."""
-    names = {file.path for file in client().list_artifacts(run_id)}
+def _kept_file(runs: PatientClient, run_id: str, artifacts: str, name: str) -> Path | None:
+    """A file of a run; None where it keeps no such file."""
+    names = {file.path for file in runs.list_artifacts(run_id)}
     return open_uri(f"{artifacts}/{name}") if name in names else None
 
 
@@ -121,13 +125,14 @@ def _client(store: str | None) -> PatientClient:
     return client() if store is None else PatientClient(store)
 
 
-def _search(runs: PatientClient, condition: str, most: int = 1000) -> list[Any]:
+def _search(
+    runs: PatientClient, condition: str, most: int = 1000, store: str | None = None
+) -> list[Any]:
     """The runs that meet a condition, newest first."""
-    experiment = runs.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
+    ids = experiment_ids(runs, find_project().home if store is None else None)
+    if not ids:
         return []
     order = ["attributes.start_time DESC"]
-    ids = [experiment.experiment_id]
     return list(runs.search_runs(ids, condition, max_results=most, order_by=order))
 
 
@@ -145,24 +150,36 @@ def _bare(run: Any) -> PastRun:
     )
 
 
-def _past_run(runs: PatientClient, run: Any) -> PastRun:
-    below = _search(runs, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+def _past_run(runs: PatientClient, run: Any, store: str | None) -> PastRun:
+    below = _search(runs, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", store=store)
     # Oldest first: a step that was tried again counts as it ended.
     finished = [child for child in reversed(below) if child.info.status == "FINISHED"]
     steps = {
-        child.data.tags["plumbline.step"]: _past_step(runs, child)
+        child.data.tags["plumbline.step"]: _past_step(runs, child, store)
         for child in finished
         if "plumbline.step" in child.data.tags
     }
-    return _bare(run)._replace(steps=steps)
+    bare = _bare(run)
+    return bare._replace(steps=steps, metrics={**bare.metrics, **_all_metrics(runs, bare)})
 
 
-def _past_step(runs: PatientClient, step: Any) -> PastStep:
+def _all_metrics(runs: PatientClient, run: PastRun) -> dict[str, float]:
+    """The final metrics of all steps; the run itself has the headline alone."""
+    try:
+        path = _kept_file(runs, run.run_id, run.artifacts, "summary.json")
+        found = {} if path is None else json.loads(path.read_bytes())["metrics"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    # JSON has no word for what is not a number.
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def _past_step(runs: PatientClient, step: Any, store: str | None) -> PastStep:
     tags = step.data.tags
     return PastStep(
         run_id=step.info.run_id,
         key=tags.get("plumbline.key"),
-        digest=_digest(runs, step),
+        digest=_digest(runs, step, store),
         made_by=tags.get("cache.source_run_id", step.info.run_id),
         datasets=tuple(
             (f"{read.dataset.name} ({_context(read)})", read.dataset.digest)
@@ -176,11 +193,11 @@ def _context(read: Any) -> str:
     return next((tag.value for tag in read.tags if tag.key == "mlflow.data.context"), "")
 
 
-def _digest(runs: PatientClient, step: Any) -> str | None:
+def _digest(runs: PatientClient, step: Any, store: str | None) -> str | None:
     """The digest that a step's run notes, or that the run notes which a cached step points to."""
     digest: str | None = step.data.tags.get("plumbline.digest")
     source = step.data.tags.get("cache.source_run_id", "")
     if digest is None and RUN_ID.fullmatch(source):
-        found = _search(runs, f"attributes.run_id = '{source}'")
+        found = _search(runs, f"attributes.run_id = '{source}'", store=store)
         digest = found[0].data.tags.get("plumbline.digest") if found else None
     return digest

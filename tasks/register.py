@@ -1,5 +1,7 @@
 """Step register: the policy becomes a version of a registered model."""
 
+from collections.abc import Mapping
+
 from prefect import task
 
 from plumbline.models.load import load_tokenizer
@@ -8,14 +10,16 @@ from plumbline.refs import EvaluationRef, ModelRef, RegistrationRef
 from tasks import model_store, tracking
 from tasks.caching import step_options
 
-SCORES = (
-    "eval/win_rate",
-    "eval/policy/score",
-    "eval/policy/kl",
-    "eval/policy/gold",
-    "eval/policy/judge",
-)
-"""What the registry's page says of a version."""
+SCORES = {
+    "eval/win_rate": "win rate over SFT by the reward model",
+    "eval/gold_win_rate": "win rate over SFT by the gold scorer",
+    "eval/judge_win_rate": "win rate over SFT by the judge",
+    "eval/policy/score": "reward-model score",
+    "eval/policy/gold": "gold score",
+    "eval/policy/judge": "judge's score",
+    "eval/policy/kl": "KL to SFT, nats a response",
+}
+"""What the registry's page says of a version, each with its interval."""
 
 ORIGIN = ("plumbline.experiment", "data.rev", "data.digest", "git.commit", "git.dirty")
 """Tags of the pipeline's run that a version takes over: what it was made from."""
@@ -41,19 +45,17 @@ def register(
                 max_new_tokens=max_new_tokens,
                 metrics={},
             )
-        scores = {
-            name.replace("/", "."): f"{evaluation.metrics[name]:.4f}"
-            for name in SCORES
-            if name in evaluation.metrics
-        }
         pipeline = tracking.tags_of(run.mlflow_run_id)
+        origin = {name: pipeline[name] for name in ORIGIN if name in pipeline}
         tags = {
             "plumbline.run_id": run.mlflow_run_id,
+            "plumbline.run_name": run.name,
             "plumbline.digest": policy.digest,
-            **{name: pipeline[name] for name in ORIGIN if name in pipeline},
-            **scores,
+            **origin,
+            **scores_as_tags(evaluation.metrics),
         }
-        version = model_store.register_model(params.name, policy, tags)
+        words = describe(run.name, origin, evaluation.metrics)
+        version = model_store.register_model(params.name, policy, tags, words)
         return RegistrationRef(
             digest=policy.digest,
             uri=policy.uri,
@@ -62,3 +64,27 @@ def register(
             name=params.name,
             version=version,
         )
+
+
+def scores_as_tags(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The scores that a version is judged by, and the ends of their 95% intervals, as tags."""
+    names = [f"{name}{end}" for name in SCORES for end in ("", "_low", "_high")]
+    return {name.replace("/", "."): f"{metrics[name]:.4f}" for name in names if name in metrics}
+
+
+def describe(run: str, origin: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+    """What a version is, in Markdown: the run that made it, its data and code, its scores."""
+    commit, edited = origin.get("git.commit"), origin.get("git.dirty") == "true"
+    code = f", code {commit[:12]}{' with edits' if edited else ''}" if commit else ""
+    lines = [
+        f"Made by the run {run} of {origin.get('plumbline.experiment', 'an experiment')} from the "
+        f"data {origin.get('data.rev', 'of an unknown version')}{code}.",
+        "",
+    ]
+    for name, label in SCORES.items():
+        if name in metrics:
+            ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+            known = None not in ends
+            interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if known else ""
+            lines.append(f"- {label}: {metrics[name]:.3f}{interval}")
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ from plumbline.training.reward_model import Row, normalise_on, train_reward_mode
 from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.checkpoints import step_checkpoints
-from tasks.progress import progress_bar
+from tasks.live import step_progress
 
 
 @task(name="reward_model", **step_options)
@@ -43,7 +43,7 @@ def reward_model(
     asked = {**params.model_dump(), "seed": seed, "precision": precision, "half": half}
     with (
         tracking.step_run(run, step, asked) as tracked,
-        progress_bar(step, "rows") as progress,
+        step_progress(tracked, "rows") as progress,
         memory_advice(step),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))

@@ -25,8 +25,8 @@ from plumbline.training.rl import train_rl
 from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.checkpoints import step_checkpoints
+from tasks.live import step_progress
 from tasks.pictures import publish_image
-from tasks.progress import progress_bar
 
 FINAL_ROLLOUTS = 5
 """The step's final metrics are means over so many rollouts, for one alone is noisy."""
@@ -50,7 +50,7 @@ def rl(
     asked = {**params.model_dump(), **sampling.model_dump(), "seed": seed, "precision": precision}
     with (
         tracking.step_run(run, "rl", asked) as tracked,
-        progress_bar("rl", "episodes") as progress,
+        step_progress(tracked, "episodes") as progress,
         memory_advice("rl", smaller_models(params, judge is not None)),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(sft))

@@ -16,7 +16,7 @@ from plumbline.training.sft import held_out_loss, train_sft
 from tasks import model_store, tracking
 from tasks.caching import step_options
 from tasks.checkpoints import step_checkpoints
-from tasks.progress import progress_bar
+from tasks.live import step_progress
 
 
 @task(name="sft", **step_options)
@@ -33,7 +33,7 @@ def sft(
     asked = {**params.model_dump(), "seed": seed, "precision": precision}
     with (
         tracking.step_run(run, "sft", asked) as tracked,
-        progress_bar("sft", "rows") as progress,
+        step_progress(tracked, "rows") as progress,
         memory_advice("sft"),
     ):
         tokenizer = load_tokenizer(model_store.tokenizer_folder(base_model))

@@ -139,14 +139,26 @@ class Outbox:
             try:
                 if file is not None:
                     record = {**record, "file": str(self._spool.add_file(file))}
-                self._spool.append(record)
+                self._take(record)
             except OSError as error:
                 raise TrainingError(
                     f"Can't write to {self._spool.folder} ({error.strerror}). Make room, then run "
                     "again: training resumes at its last checkpoint."
                 ) from error
-            self._new_lines += 1
-            self._changed.notify_all()
+
+    def offer(self, record: Record) -> None:
+        """Take a record that nothing depends on; where it can't be written, it is lost.
+
+        A refusal is left for `put` and `settle`, whose callers are to hear of it.
+        """
+        with self._changed, contextlib.suppress(OSError):
+            if not self._closed:
+                self._take(record)
+
+    def _take(self, record: Record) -> None:
+        self._spool.append(record)
+        self._new_lines += 1
+        self._changed.notify_all()
 
     def settle(self, seconds: float) -> bool:
         """Wait until all is sent, at most so long; says whether it is.

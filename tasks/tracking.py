@@ -20,9 +20,10 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
 from plumbline.artifacts import digest_of
-from plumbline.errors import TrainingError
+from plumbline.errors import MachineError, TrainingError
 from plumbline.params.schema import CheckpointParams
 from plumbline.process import identity
+from plumbline.project import find_project
 from plumbline.refs import FileDigest, StepResult
 from tasks.delivery import RunState as RunState
 from tasks.delivery import (
@@ -32,15 +33,16 @@ from tasks.delivery import (
     metrics_record,
     open_outbox,
 )
+from tasks.experiments import experiment_ids, experiment_name
 from tasks.faults import broken_device, first_line
 from tasks.mlflow_client import client as client
 from tasks.mlflow_client import gave_up, patiently, say_waiting, wait_seconds
 from tasks.progress import show_warning
 from tasks.records import local_path
+from tasks.system_metrics import system_metrics
 
 log = logging.getLogger("plumbline")
 
-EXPERIMENT = "plumbline"
 PROCESS_TAG = "plumbline.process"
 QUIET_SECONDS = 2.0
 """A wait for MLflow that is shorter is not worth a word."""
@@ -70,7 +72,9 @@ class StepRun:
         self.figures: dict[str, str] = {}
         self.figure_digests: dict[str, FileDigest] = {}
         self.warnings = 0
-        self._tables: list[dict[str, str]] = []
+        self.latest: dict[str, float] = {}
+        """What was logged last, by name."""
+        self._tables: list[str] = []
         self._outbox = open_outbox(run_id)
 
     @property
@@ -81,6 +85,11 @@ class StepRun:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics of a step (plumbline.training.reporting.Log); sent in batches."""
         self._outbox.put(metrics_record(metrics, step))
+        self.latest = {**self.latest, **metrics}
+
+    def log_system(self, sample: int, metrics: Mapping[str, float]) -> None:
+        """Log the load of the machine (tasks.system_metrics.LogSample)."""
+        self._outbox.offer(metrics_record(metrics, sample))
 
     def settle(self) -> None:
         """Wait until MLflow has all that was logged.
@@ -122,8 +131,8 @@ class StepRun:
         """Log rows of the same keys as the table `name`.json, shown in the run's page."""
         columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {"empty": []}
         # MLflow's own log_table adds to the table of an attempt that it had taken already.
-        self._tables.append({"path": f"{name}.json", "type": "table"})
-        self.tag({"mlflow.loggedArtifacts": json.dumps(self._tables)})
+        self._tables.append(f"{name}.json")
+        self.tag(_as_tables(self._tables))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{name}.json")
             pandas.DataFrame(columns).to_json(path, orient="split", index=False)
@@ -150,7 +159,7 @@ class StepRun:
 
     def dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
         """Note that the step read a data set; digests are cut to the 36 characters MLflow takes."""
-        self._outbox.put(dataset_record(name, digest, source, rows, context))
+        self._outbox.put(dataset_record(name, digest, source, {"num_rows": rows}, context))
 
     def close(self, state: RunState, error: BaseException | None = None) -> None:
         """End the run; an MLflow that is away hears of it when it answers, or at the next start."""
@@ -224,7 +233,8 @@ def step_run(run: PipelineRun, step: str, params: Mapping[str, Any]) -> Iterator
     run_id = _create_run(run.experiment_id, step, tags, params)
     tracked = StepRun(run_id, run.experiment_id, step)
     try:
-        yield tracked
+        with system_metrics(tracked.log_system):
+            yield tracked
         tracked.settle()
     except BaseException as error:
         tracked.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
@@ -318,11 +328,10 @@ def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
 def running(home: Path) -> list[tuple[str, str]]:
     """The runs that MLflow counts as running: their ids, and the processes that opened them."""
     found: list[tuple[str, str]] = []
-    token: str | None = ""
+    ids = experiment_ids(client(), home)
+    token: str | None = "" if ids else None
     while token is not None:
-        page = client().search_runs(
-            [_experiment_id(home)], "attributes.status = 'RUNNING'", page_token=token or None
-        )
+        page = client().search_runs(ids, "attributes.status = 'RUNNING'", page_token=token or None)
         found += [(run.info.run_id, run.data.tags.get(PROCESS_TAG, "")) for run in page]
         token = page.token or None
     return found
@@ -334,9 +343,9 @@ def kill_run(run_id: str, why: str) -> None:
     client().set_terminated(run_id, "KILLED")
 
 
-def log_pipeline_dataset(run: PipelineRun, name: str, digest: str, source: str, rows: int) -> None:
-    """Note the data version of a whole pipeline."""
-    record = dataset_record(name, digest, source, rows, "alignment")
+def log_pipeline_dataset(run: PipelineRun, name: str, digest: str, source: str, files: int) -> None:
+    """Note the data version of a whole pipeline, with the digest that DVC has for it."""
+    record = dataset_record(name, digest, source, {"num_files": files}, "alignment")
     with _killed_if_broken_off(run.mlflow_run_id):
         deliver(client(), run.mlflow_run_id, [record])
 
@@ -346,6 +355,17 @@ def log_file(run_id: str, path: Path) -> None:
     client().log_artifact(run_id, str(path))
 
 
+def log_table(run_id: str, path: Path) -> None:
+    """Log a table that a step has logged to another run, too (`StepRun.table`)."""
+    log_file(run_id, path)
+    tag_run(run_id, _as_tables([path.name]))
+
+
+def experiment_id() -> str:
+    """MLflow's id of this project's experiment."""
+    return _experiment_id(find_project().home)
+
+
 def open_uri(uri: str) -> Path:
     """The local path of an artifact, downloaded where it is not on this machine."""
     return local_path(uri) or Path(
@@ -353,16 +373,29 @@ def open_uri(uri: str) -> Path:
     )
 
 
+def _as_tables(names: Sequence[str]) -> dict[str, str]:
+    """The tag by which MLflow knows which files of a run are tables."""
+    tables = [{"path": name, "type": "table"} for name in names]
+    return {"mlflow.loggedArtifacts": json.dumps(tables)}
+
+
 @cache
 def _experiment_id(home: Path) -> str:
+    name = experiment_name()
     local = mlflow.get_tracking_uri().startswith("sqlite:")
     location = (home / "mlartifacts").as_uri() if local else None
-    found = client().get_experiment_by_name(EXPERIMENT)
+    found = client().get_experiment_by_name(name)
     if found is None:
         # Another first run may be quicker.
         with contextlib.suppress(MlflowException):
-            client().create_experiment(EXPERIMENT, artifact_location=location)
-        found = client().get_experiment_by_name(EXPERIMENT)
+            client().create_experiment(name, artifact_location=location)
+        found = client().get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        raise MachineError(
+            f"The MLflow experiment {name} was deleted: expected one that takes runs. Restore it "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id}), or set "
+            "MLFLOW_EXPERIMENT_NAME to another name."
+        )
     return str(found.experiment_id)
 
 

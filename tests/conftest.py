@@ -30,6 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"demonstrations": 240, "preferences": 240, "prompts": 120}
 SECONDS_A_COMMAND = 180
 OURS = ("PLUMBLINE_", "PREFECT_", "MLFLOW_", "DVC_")
+SECRETS = {
+    "HF_TOKEN": "planted-hub-token",
+    "AWS_SECRET_ACCESS_KEY": "planted-key-of-a-store",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-of-mlflow",
+}
+"""What the environment of every command holds, and nothing may write down."""
 
 TINY = """\
 description: Every step in a few seconds.
@@ -95,7 +101,8 @@ class SmallProject:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
         api = {"PREFECT_API_URL": self.prefect_api} if self.prefect_api else {}
         # As wide as a terminal never is: no message is broken where a test looks for its words.
-        return {**kept, **api, "COLUMNS": "500", "PLUMBLINE_HOME": str(self.home), **changes}
+        ours = {"COLUMNS": "500", "PLUMBLINE_HOME": str(self.home)}
+        return {**kept, **SECRETS, **api, **ours, **changes}
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start `plumbline ARGUMENTS` as a user would, and do not wait for it."""

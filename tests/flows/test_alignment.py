@@ -19,6 +19,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
+from flows.headline import headline_metrics
 from flows.reports import PICTURES
 from plumbline.data.tokenize import SCRATCH_TEMPLATE, ChatEncoder
 from plumbline.models.load import load_tokenizer
@@ -28,6 +29,12 @@ from plumbline.params.schema import Experiment, steps_of
 
 STEPS = steps_of(Experiment())
 
+SECRETS = {
+    "HF_TOKEN": "planted-hub-token",
+    "AWS_SECRET_ACCESS_KEY": "planted-key-of-a-store",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-of-mlflow",
+}
+
 if TYPE_CHECKING:
     from tests.conftest import SmallProject, Trained
 
@@ -36,6 +43,9 @@ if TYPE_CHECKING:
 MODELS = ("base_model", "sft", "reward_model", "rl")
 AFTER_RL = ("rl", "evaluate", "register")
 MODEL_NAME = "plumbline-policy"
+PASSWORD = "planted-password-of-a-server"
+ELSEWHERE = f"http://somebody:{PASSWORD}@127.0.0.1:9"
+"""A server that is not there: nothing listens at this port."""
 
 
 def ran(result: dict[str, Any]) -> tuple[str, ...]:
@@ -77,7 +87,7 @@ def copy(trained: Trained, make_project: MakeProject) -> SmallProject:
 
 def children(client: MlflowClient, run_id: str) -> dict[str, Any]:
     """The runs below a pipeline's, by step."""
-    experiment = client.get_experiment_by_name("plumbline")
+    experiment = client.get_experiment_by_name("project")
     found = client.search_runs(
         [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"
     )
@@ -157,9 +167,31 @@ def test_the_pipeline_s_run_is_finished_and_has_what_made_it(trained, client):
     assert run.data.tags["plumbline.experiment"] == "tiny"
     assert run.data.tags["git.dirty"] == "false"
     assert run.data.tags["prefect.flow_run_id"] == trained.first["prefect_flow_run_id"]
-    assert run.data.metrics == pytest.approx(trained.first["metrics"])
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == trained.first["data"]["digest"]
+    assert json.loads(dataset.dataset.profile) == {"num_files": 3}
+
+
+def test_the_pipeline_s_run_has_the_headline_and_the_table_of_answers(trained, client):
+    run = client.get_run(trained.first["mlflow_run_id"])
+
+    assert run.data.metrics == pytest.approx(headline_metrics(trained.first["metrics"]))
+    assert {"eval/win_rate_low", "eval/policy/gold", "eval/sft/gold"} <= set(run.data.metrics)
+    assert len(run.data.metrics) < 25
+    assert "beats the SFT model's on **" in run.data.tags["mlflow.note.content"]
+    assert "samples.json" in artifact_names(client, run.info.run_id)
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [
+        {"path": "samples.json", "type": "table"}
+    ]
+
+
+def test_the_load_of_the_machine_is_logged_with_a_step(trained, client):
+    steps = trained.first["steps"]
+    long = max(steps, key=lambda name: steps[name]["seconds"])
+
+    logged = client.get_run(steps[long]["mlflow_run_id"]).data.metrics
+    assert 0 <= logged["system/cpu_utilization_percentage"] <= 100
+    assert logged["system/system_memory_usage_megabytes"] > 0
 
 
 def test_each_step_has_a_run_below_the_pipeline_s(trained, client):
@@ -300,8 +332,63 @@ def test_prefect_has_the_run_its_steps_and_its_pictures(trained):
     assert flow_run["name"] == "tiny"
     assert sorted(task["name"].rpartition("-")[0] for task in tasks) == sorted(STEPS)
     assert {task["state"]["name"] for task in tasks} == {"Completed"}
-    found = artifacts_of(api, flow_run_id)
-    assert {"curves": "image", "reward-kl": "image", "scores": "image"}.items() <= found.items()
+    progress = ("sft", "reward-model", "rl", "evaluate")
+    assert artifacts_of(api, flow_run_id) == {
+        **dict.fromkeys((f"{step}-progress" for step in progress), "progress"),
+        **dict.fromkeys(("curves", "reward-kl", "scores"), "image"),
+        **dict.fromkeys(("mlflow", "report"), "markdown"),
+        "validation": "table",
+    }
+
+
+def artifact(api: str, flow_run_id: str, key: str) -> dict[str, Any]:
+    body = {"flow_runs": {"id": {"any_": [flow_run_id]}}, "artifacts": {"key": {"any_": [key]}}}
+    (found,) = ask(api, "/artifacts/filter", body)
+    made: dict[str, Any] = found
+    return made
+
+
+def test_the_progress_of_a_step_ends_complete(trained):
+    found = artifact(*page_of(trained.project, trained.first), "rl-progress")
+
+    assert float(found["data"]) == 100
+    assert found["description"].startswith("**rl**: 32 of 32 episodes, ")
+    assert "score " in found["description"]
+    assert "KL " in found["description"]
+    assert found["task_run_id"] is not None
+
+
+def page_of(project: SmallProject, result: dict[str, Any]) -> tuple[str, str]:
+    """Where the run's page is: the API, and the flow run."""
+    assert project.prefect_api is not None
+    return project.prefect_api, result["prefect_flow_run_id"]
+
+
+def test_the_report_on_the_page_has_links_figures_answers_and_where_it_comes_from(trained, client):
+    first = trained.first
+    text = artifact(*page_of(trained.project, first), "report")["data"]
+    experiment = client.get_experiment_by_name("project").experiment_id
+    runs = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/"
+
+    assert f"({runs}{first['mlflow_run_id']})" in text
+    assert f"({runs}{first['steps']['rl']['mlflow_run_id']})" in text
+    version = first["registered"]["version"]
+    assert f"(http://127.0.0.1:5000/#/models/plumbline-policy/versions/{version})" in text
+    assert "`plumbline up` starts it at http://127.0.0.1:5000" in text
+    assert "![curves](data:image/png;base64,iVBOR" in text
+    assert first["data"]["rev"] in text
+    assert "params/tiny.yaml" in text
+    assert text.count("score ") >= 24
+
+
+def test_the_page_shows_the_rows_of_the_tables(trained):
+    found = artifact(*page_of(trained.project, trained.first), "validation")
+
+    rows = {row["table"]: row for row in json.loads(found["data"])}
+    counts = trained.first["metrics"]
+    assert rows["prompts"]["held-out rows"] == counts["data/prompts/test_rows"]
+    assert set(rows) == {"demonstrations", "preferences", "prompts"}
+    assert "rows that break a rule: 0" in found["description"]
 
 
 # A change of one param.
@@ -360,7 +447,13 @@ def test_a_version_says_which_run_data_and_commit_made_it_and_how_good_it_is(
     assert tags["data.rev"] == first["data"]["rev"]
     assert tags["git.commit"] == run.data.tags["git.commit"]
     assert tags["plumbline.experiment"] == "tiny"
-    assert tags["eval.win_rate"] == f"{first['metrics']['eval/win_rate']:.4f}"
+    for name in ("eval/win_rate", "eval/win_rate_low", "eval/win_rate_high", "eval/policy/kl_high"):
+        assert tags[name.replace("/", ".")] == f"{first['metrics'][name]:.4f}"
+    description = changed["alias back"].description
+    assert f"data {first['data']['rev']}" in description
+    low, high = (first["metrics"][f"eval/win_rate_{end}"] for end in ("low", "high"))
+    assert f"[{low:.3f}, {high:.3f}]" in description
+    assert client.get_registered_model(MODEL_NAME).tags["plumbline.project"] == "project"
 
 
 # Runs that find everything as it was.
@@ -395,6 +488,14 @@ def test_a_cached_step_shows_where_it_comes_from(trained, again, client):
         assert run.data.metrics.items() <= source.data.metrics.items()
         assert len(run.inputs.dataset_inputs) == len(source.inputs.dataset_inputs)
     assert "eval/win_rate" in runs["evaluate"].data.metrics
+
+
+def test_the_page_of_a_run_from_the_cache_has_data_figures_and_report_too(trained, again):
+    assert artifacts_of(*page_of(trained.project, again)) == {
+        **dict.fromkeys(("curves", "reward-kl", "scores"), "image"),
+        **dict.fromkeys(("mlflow", "report"), "markdown"),
+        "validation": "table",
+    }
 
 
 def test_the_plan_of_a_finished_run_is_all_cached(trained, again):
@@ -527,7 +628,7 @@ def test_quarantine_goes_on_without_the_bad_rows_and_keeps_them(copy, client):
 
 def last_pipeline(client: MlflowClient) -> Any:
     """The newest run of a pipeline."""
-    experiment = client.get_experiment_by_name("plumbline")
+    experiment = client.get_experiment_by_name("project")
     (run,) = client.search_runs(
         [experiment.experiment_id],
         "tags.`plumbline.kind` = 'pipeline'",
@@ -591,3 +692,28 @@ def wait_for_rl(client: MlflowClient, before: str, process: Any) -> None:
                 return
         time.sleep(0.3)
     pytest.fail(f"rl did not start: {process.poll()}")
+
+
+# Secrets, last: what the runs above have left, the failed ones too, is looked through.
+
+
+def test_no_secret_of_the_environment_is_written_down(trained):
+    project = trained.project
+    assert set(SECRETS.items()) <= set(project.environment().items())
+    said = [project.cli("plan", "tiny", "--set", "rl.kl_coef=-1")]
+    away = {"MLFLOW_TRACKING_URI": ELSEWHERE, "PLUMBLINE_MLFLOW_WAIT_SECONDS": "1"}
+    said.append(project.cli("run", "tiny", "--record", **away))
+    assert [done.returncode for done in said] == [2, 1]
+    assert "expected the store http://127.0.0.1:9" in said[1].stderr
+    told = [done.stdout + done.stderr for done in said]
+    pages = {
+        what: json.dumps(ask(project.prefect_api, f"/{what}/filter", {"limit": 200}))
+        for what in ("flow_runs", "task_runs", "logs", "artifacts")
+    }
+
+    for secret in (*SECRETS.values(), PASSWORD):
+        for text in (*told, *pages.values()):
+            assert secret not in text
+        for file in [*project.home.rglob("*"), *project.root.rglob("*")]:
+            if file.is_file():
+                assert secret.encode() not in file.read_bytes(), file

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from flows.closing import show_summary, ui_commands
-from flows.reports import markdown
+from flows.pages import MlflowPages
+from flows.reports import Origin, markdown
 from flows.summary import RunSummary, StepSummary
 from plumbline.params.schema import Experiment, steps_of
 from plumbline.project import Project
@@ -86,7 +87,8 @@ def test_an_answer_cannot_steer_the_terminal(tmp_path):
 
 
 def test_a_line_break_or_bar_in_an_answer_does_not_break_the_report_s_table(tmp_path):
-    text = markdown(summary(tmp_path, "One | two\nthree"))
+    pages = MlflowPages("http://127.0.0.1:5000", up=True, experiment_id="1")
+    text = markdown(summary(tmp_path, "One | two\nthree"), {}, Origin("tiny-1", {}, {}), pages)
 
     row = next(line for line in text.splitlines() if "three" in line)
     assert row.startswith("| One \\| two")

@@ -25,6 +25,7 @@ from plumbline.project import Project
 from plumbline.refs import StepResult
 from tasks import tracking
 from tasks.delivery import dataset_record, deliver
+from tasks.experiments import experiment_name
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -89,7 +90,8 @@ def make_run(home: Path) -> MakeRun:
         for name, value in files.items():
             client.log_dict(run_id, value, name)
         if step == "evaluate":
-            deliver(client, run_id, [dataset_record("prompts", prompts, "p", 2, "evaluation")])
+            read = dataset_record("prompts", prompts, "p", {"num_rows": 2}, "evaluation")
+            deliver(client, run_id, [read])
         client.set_terminated(run_id)
 
     def make(
@@ -132,7 +134,7 @@ def make_bare(home: Path) -> MakeRun:
             "plumbline.kind": "pipeline",
             **{k.replace("__", "."): v for k, v in changes.items()},
         }
-        (experiment,) = client.search_experiments(filter_string="name = 'plumbline'")
+        (experiment,) = client.search_experiments(filter_string=f"name = '{experiment_name()}'")
         run_id = client.create_run(experiment.experiment_id, run_name=name, tags=tags).info.run_id
         if status != "RUNNING":
             client.set_terminated(run_id, status)

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from flows.form import KNOBS, as_overrides, experiment_schema, knobs_schema, overrides_schema
+from flows.form import (
+    KNOBS,
+    as_overrides,
+    experiment_schema,
+    knobs_schema,
+    overrides_schema,
+    parallel_schema,
+    sweep_schema,
+)
 from flows.naming import run_name
 from plumbline.errors import ParamsError
 from plumbline.params.fields import catalogue
@@ -150,3 +158,16 @@ def test_the_name_of_a_run_is_that_of_a_file():
     assert name.startswith("mine-")
     assert "/" not in name
     assert len(name) <= 80
+
+
+def test_the_form_of_a_sweep_offers_the_sweeps_alone_and_bounds_the_points_at_a_time():
+    assert "sweep-kl" in sweep_schema()["enum"]
+    assert not {*sweep_schema()["enum"]} & {*experiment_schema()["enum"]}
+    assert parallel_schema() == {"type": "integer", "minimum": 1, "maximum": 64}
+
+
+def test_points_at_a_time_are_an_override_that_may_be_given_once():
+    assert as_overrides({"sweep": {"parallel": None}}, ["seed=1"]) == ["seed=1"]
+    assert as_overrides({"sweep": {"parallel": 2}}, []) == ["sweep.parallel=2"]
+    with pytest.raises(ParamsError, match=r"sweep\.parallel is set twice"):
+        as_overrides({"sweep": {"parallel": 2}}, ["sweep.parallel=3"])

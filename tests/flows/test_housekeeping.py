@@ -29,7 +29,6 @@ from tasks.keys import Ingredients
 from tasks.locks import step_lock
 from tasks.mlflow_client import client
 from tasks.records import ADAPTED, SERIALIZER, content_digest, local_path, write_ingredients
-from tasks.tracking import EXPERIMENT
 
 HOUR = 3600.0
 POLICY = "plumbline-policy"
@@ -42,7 +41,7 @@ class Store:
         self.project = project
         self.mlflow = MlflowClient()
         location = (project.home / "mlartifacts").as_uri()
-        self.experiment = self.mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+        self.experiment = self.mlflow.create_experiment("project", artifact_location=location)
         self.clock = int(time.time() * 1000)
 
     def pipeline(self, status: str = "FINISHED") -> str:

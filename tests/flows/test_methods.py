@@ -90,6 +90,13 @@ def test_adapters_are_merged_on_registering_unless_it_is_declined(
     folder = Path(mlflow.artifacts.download_artifacts("models:/plumbline-policy@challenger"))
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "model").exists()
+    described = mlflow.models.get_model_info(str(folder))
+    for schema in (described.signature.inputs, described.signature.outputs):
+        assert schema.to_dict() == [{"type": "string", "required": True}]
+    prompt = "<|user|>Hi!<|end|><|assistant|>"
+    (said,) = mlflow.pyfunc.load_model(str(folder)).predict([prompt])
+    assert isinstance(said, str)
+    assert not said.startswith(prompt)
     answers = project.cli("chat", "--max-tokens", "4")
     assert answers.returncode == 0, answers.stderr
 

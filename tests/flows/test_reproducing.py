@@ -22,6 +22,7 @@ from plumbline.errors import DataError, MachineError, ParamsError, TrainingError
 from plumbline.params.schema import Experiment, steps_of
 from plumbline.project import Project, make_home
 from tasks import tracking
+from tasks.experiments import experiment_name
 from tasks.locks import step_lock
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def small(make_project: MakeProject) -> Iterator[SmallProject]:
     for function in cached:
         function.cache_clear()
     MlflowClient().create_experiment(
-        tracking.EXPERIMENT, artifact_location=(project.home / "mlartifacts").as_uri()
+        experiment_name(), artifact_location=(project.home / "mlartifacts").as_uri()
     )
     yield project
     mlflow.set_tracking_uri(before)
@@ -313,7 +314,7 @@ def make_run(small: SmallProject) -> MakeRun:
         client = MlflowClient()
         given = {name.replace("__", "."): value for name, value in changes.items()}
         tags = {k: v for k, v in {**usual, **given}.items() if v is not None}
-        experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+        experiment = client.get_experiment_by_name(experiment_name())
         run_id = client.create_run(experiment.experiment_id, tags=tags).info.run_id
         if status != "RUNNING":
             client.set_terminated(run_id, status)

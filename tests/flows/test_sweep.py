@@ -78,7 +78,7 @@ def client_of(project: SmallProject) -> MlflowClient:
 
 def runs_where(project: SmallProject, condition: str) -> list[Any]:
     client = client_of(project)
-    experiment = client.get_experiment_by_name("plumbline")
+    experiment = client.get_experiment_by_name("project")
     return list(client.search_runs([experiment.experiment_id], condition))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
@@ -42,6 +43,19 @@ SECOND = """\
     parameters: {experiment: tiny}
     work_pool: {name: local}
 """
+SWEEP = """\
+  - name: sweep
+    entrypoint: flows.deployments.sweep
+    parameters: {sweep: two}
+    enforce_parameter_schema: true
+    work_pool: {name: local}
+"""
+TWO = """\
+sweep:
+  experiment: tiny
+  points: [{rl.kl_coef: 0.05}, {rl.rewards: {faulty:reward: 0.1}}]
+"""
+FAULTY = 'def reward(prompt, response):\n    raise ValueError("the scorer is broken")\n'
 LONG = {"rl": {"episodes": 4800}}
 """An RL step of some thirty seconds."""
 
@@ -86,14 +100,25 @@ class Up:
                     raise
                 time.sleep(0.5)
 
-    def deployment(self, name: str = "tiny") -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"deployments/name/align/{name}")
+    def deployment(self, name: str = "align/tiny") -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"deployments/name/{name}")
         return found
 
-    def start(self, **parameters: Any) -> str:
-        """Start a run of the deployment, as its form does; returns its id."""
-        path = f"deployments/{self.deployment()['id']}/create_flow_run"
+    def start(self, name: str = "align/tiny", **parameters: Any) -> str:
+        """Start a run of a deployment, as its form does; returns its id."""
+        path = f"deployments/{self.deployment(name)['id']}/create_flow_run"
         return str(self.ask(path, {"parameters": parameters})["id"])
+
+    def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
+        """What the page of a run shows, by key."""
+        found = self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
+        return {one["key"]: one for one in found}
+
+    def points(self, sweep: str) -> dict[str, dict[str, Any]]:
+        """The flow runs of a sweep's points, by their tags."""
+        wanted = {"tags": {"all_": [f"sweep:{sweep}"]}}
+        found = self.ask("flow_runs/filter", {"flow_runs": wanted})
+        return {tag: one for one in found for tag in one["tags"] if tag.startswith("point:")}
 
     def wait(self, run: str, *states: str, seconds: float = 180) -> dict[str, Any]:
         """Wait until a run is in one of the states."""
@@ -262,14 +287,17 @@ def test_from_up_to_down(up):
     nightly = up.deployment()["schedules"][0]
     path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
     up.ask(path, {"active": True}, method="PATCH")
-    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + SECOND)
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + SECOND + SWEEP)
+    (up.project.root / "params" / "two.yaml").write_text(TWO)
     psutil.Process(said["services"]["mlflow"]["pid"]).kill()
     after = up.cli("up")
     assert after["services"]["prefect"] == said["services"]["prefect"]
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
-    assert [one["name"] for one in after["deployments"]] == ["align/second", "align/tiny"]
+    assert [one["name"] for one in after["deployments"]] == [
+        "align/second", "align/tiny", "sweep/sweep",
+    ]  # fmt: skip
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
 
@@ -282,9 +310,54 @@ def test_from_up_to_down(up):
     wait_for(lambda: up.steps(cancelled)["rl"] == "Crashed")
     assert saved(up)
 
+    # A sweep through the worker: a point that fails stops no other, and each is linked.
+    (up.project.root / "faulty.py").write_text(FAULTY)
+    assert "not one of" in refused(lambda: up.start("sweep/sweep", sweep="tiny"))
+    assert "maximum" in refused(lambda: up.start("sweep/sweep", parallel=65))
+    swept = up.start("sweep/sweep", parallel=2, overrides=["seed=1"])
+    ended = up.wait(swept, "FAILED")
+    assert "1 of 2 points failed: 2 (rewards=" in ended["state"]["message"]
+    assert ended["name"] == "two-seed1-parallel2"
+    page = up.artifacts(swept)
+    assert {key: one["type"] for key, one in page.items()} == {
+        "mlflow": "markdown", "sweep-progress": "progress", "frontier": "image",
+        "sweep": "markdown",
+    }  # fmt: skip
+    assert float(page["sweep-progress"]["data"]) == 100
+    summary = page["sweep"]["data"]
+    name = page["mlflow"]["data"].partition("]")[0].lstrip("[").replace("\\_", "_")
+    made = up.points(name)
+    assert {tag: one["state_type"] for tag, one in made.items()} == {
+        "point:1": "COMPLETED", "point:2": "FAILED",
+    }  # fmt: skip
+    for one in made.values():
+        assert f"(/runs/flow-run/{one['id']})" in summary
+    assert summary.count(f"({up.mlflow}/#/experiments/") == 3
+    assert f"({up.mlflow}/#/models/plumbline-policy/versions/" in summary
+    assert "data:image/png;base64," in summary
+
+    # One that is cancelled ends its points, which save their state.
+    for folder in (up.project.home / "checkpoints").glob("rl-*"):
+        shutil.rmtree(folder)
+    points = "sweep.points=[{rl.kl_coef: 0.07}]"
+    more = ["rl.episodes=4800", "checkpoints.every_steps=5"]
+    stopped = up.start("sweep/sweep", overrides=[points, *more])
+    wait_for(lambda: saved(up))
+    up.ask(f"flow_runs/{stopped}/set_state", state)
+    up.wait(stopped, "CANCELLED", "CRASHED", seconds=60)
+    wait_for(
+        lambda: not [one for one in of_the_home(up.project) if "flows.starter" in one.cmdline()]
+    )
+    assert saved(up)
+
     # `down` ends all; a run in progress saves its state and is marked.
-    long = start_long(up)
-    assert [run["id"] for run in up.cli("status")["runs"]] == [long]
+    long = up.start("sweep/sweep", overrides=[points, *more])
+    before = [*(up.project.home / "checkpoints").glob("rl-*/[!.]*")]
+    up.wait(long, "RUNNING")
+    wait_for(lambda: [*(up.project.home / "checkpoints").glob("rl-*/[!.]*")] != before)
+    under_way = {run["id"] for run in up.cli("status")["runs"]}
+    assert long in under_way
+    assert len(under_way) == 2
     began = time.monotonic()
     ended = up.cli("down")
     assert time.monotonic() - began < 60
@@ -298,7 +371,10 @@ def test_from_up_to_down(up):
     assert not up.cli("status", code=1)["up"]
 
     # Nothing of the environment was written down anywhere.
+    secrets = {SECRET, *(v for v in up.project.environment().values() if v.startswith("planted"))}
+    assert len(secrets) > 1
     for file in up.project.home.rglob("*"):
         if file.is_file():
-            assert SECRET.encode() not in file.read_bytes(), file
+            content = file.read_bytes()
+            assert not [secret for secret in secrets if secret.encode() in content], file
     assert os.environ.get("PLUMBLINE_TEST_SECRET") is None

@@ -216,7 +216,7 @@ def test_what_mlflow_has_already_changes_nothing(run: tracking.PipelineRun, tmp_
         metrics_record({"a": 0.2}, 2),
         {"tags": {"t": "v"}},
         {"file": "a.txt"},
-        dataset_record("prompts", "d" * 64, "file:///p", 3, "training"),
+        dataset_record("prompts", "d" * 64, "file:///p", {"num_rows": 3}, "training"),
         {"end": "KILLED", "time": 1000},
     ]
     for sent in (records[:1], records[:4], records, records):

@@ -180,3 +180,19 @@ def test_the_spool_of_a_living_process_is_no_orphan(tmp_path: Path) -> None:
     (tmp_path / "nobody").mkdir()
     assert [*orphans(tmp_path)] == []
     assert [*orphans(tmp_path / "none")] == []
+
+
+def test_an_offer_leaves_a_refusal_to_those_who_must_hear_of_it(tmp_path: Path) -> None:
+    receiver = Receiver(ValueError("refused"))
+    outbox = Outbox(tmp_path / "run", receiver)
+    outbox.put({"number": 1})
+    deadline = time.monotonic() + 5
+    while receiver.failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    outbox.offer({"number": 2})
+    with pytest.raises(ValueError, match="refused"):
+        outbox.settle(5)
+    assert outbox.close(5)
+    assert receiver.got == [{"number": 2}]
+    outbox.offer({"number": 3})
+    assert not (tmp_path / "run").exists()

@@ -16,7 +16,6 @@ from plumbline.process import alive, identity
 from plumbline.refs import StepResult
 from tasks import tracking
 from tasks.delivery import send_orphans
-from tasks.mlflow_client import shown_uri
 from tasks.spool import LINES_BETWEEN_SENDS, Spool
 
 
@@ -157,11 +156,6 @@ def test_a_stub_says_what_its_step_made(run: tracking.PipelineRun) -> None:
     made = StepResult(digest="abc", uri="file:///none", mlflow_run_id=run.mlflow_run_id)
     stub = tracking.stub_run(run, "sft", "sft-1", made)
     assert tracking.tags_of(stub)["plumbline.digest"] == "abc"
-
-
-def test_a_store_is_shown_without_its_password() -> None:
-    assert shown_uri("postgresql://me:secret@db:5432/runs?sslkey=x") == "postgresql://db:5432/runs"
-    assert shown_uri("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
 
 
 def test_a_spool_that_can_t_be_read_is_dropped_with_a_warning(
