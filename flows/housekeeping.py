@@ -17,6 +17,7 @@ from plumbline.errors import MachineError
 from plumbline.project import Project
 from plumbline.refs import StepResult
 from tasks import inventory
+from tasks.experiments import is_own_store, store_uri
 from tasks.inventory import Inventory, StoredModel
 from tasks.locks import Busy, step_lock
 from tasks.records import adapted_model, read_result, step_of
@@ -140,11 +141,11 @@ def read_store(project: Project) -> Inventory:
     Raises:
         MachineError: its store is not the project's own: others may use the same files.
     """
-    if not inventory.is_own_store(project.home):
+    if not is_own_store(project.home):
         raise MachineError(
             "gc works on the project's own MLflow store alone: expected MLFLOW_TRACKING_URI unset "
             f"or sqlite:///{project.home / 'mlflow.db'}, got "
-            f"{without_credentials(inventory.store_uri())}. On a shared "
+            f"{without_credentials(store_uri())}. On a shared "
             "store delete runs and models in its UI, then run `mlflow gc`."
         )
     return inventory.take_inventory(project.home)

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plumbline.process import alive
-from tasks.experiments import experiment_ids
-from tasks.experiments import is_own_store as is_own_store
-from tasks.experiments import store_uri as store_uri
+from tasks.experiments import experiment_ids, is_own_store
 from tasks.mlflow_client import client
 from tasks.tracking import PROCESS_TAG
 
@@ -69,9 +67,15 @@ def take_inventory(home: Path) -> Inventory:
         return Inventory([], [], [])
     # In this order: a run comes before its models, and a model before its versions.
     versions = list(_versions())
-    models = [_model(found) for found in _pages(client().search_logged_models, ids)]
-    runs = _pages(client().search_runs, ids, order_by=["attributes.start_time DESC"])
-    return Inventory([_run(found) for found in runs], models, versions)
+    models = list(_pages(client().search_logged_models, ids))
+    runs = list(_pages(client().search_runs, ids, order_by=["attributes.start_time DESC"]))
+    # A notebook may log to an experiment of its own beside ours.
+    ours = {run.info.experiment_id for run in runs if "plumbline.kind" in run.data.tags}
+    return Inventory(
+        [_run(found) for found in runs if found.info.experiment_id in ours],
+        [_model(found) for found in models if found.experiment_id in ours],
+        versions,
+    )
 
 
 def remove_model(model_id: str) -> None:
