@@ -112,7 +112,7 @@ class Up:
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         """What the page of a run shows, by key."""
         found = self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        return {one["key"]: one for one in found}
+        return {one["key"]: one for one in found if one["key"]}
 
     def points(self, sweep: str) -> dict[str, dict[str, Any]]:
         """The flow runs of a sweep's points, by their tags."""
@@ -215,7 +215,7 @@ def query(up: Up, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_from_up_to_down(up):
     # A run of the command line is under way, on a server of its own.
     file = up.project.root / "early.json"
