@@ -75,11 +75,9 @@ class Shown(NamedTuple):
     pictures: Path | None
 
     def runs(self) -> list[str]:
-        """The flow runs of the deployment, the newest first."""
-        wanted = {
-            "deployments": {"id": {"any_": [self.up.deployment(f"align/{self.experiment}")["id"]]}}
-        }
-        found = self.up.ask("flow_runs/filter", {**wanted, "sort": "START_TIME_DESC"})
+        """The flow runs of the deployment."""
+        deployment = self.up.deployment(f"align/{self.experiment}")["id"]
+        found = self.up.ask("flow_runs/filter", {"deployments": {"id": {"any_": [deployment]}}})
         return [run["id"] for run in found]
 
     def tracked(self, filter_string: str) -> list[dict[str, Any]]:
@@ -261,15 +259,25 @@ def test_the_page_of_a_run_shows_steps_and_artifacts(shown, second, page):
 
     page.get_by_role("tab", name="Artifacts").click()
     artifacts = page.get_by_role("tabpanel", name="Artifacts")
-    for artifact in ("reward-kl", "scores", "curves"):
+    for artifact in ("mlflow", "validation", "scores", "reward-kl", "curves", "report"):
         heading = page.get_by_role("heading", name=artifact, exact=True)
-        card = artifacts.get_by_role("link").filter(has=heading)
-        expect(card).to_be_visible()
-    card.click()
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
-    curves = page.get_by_role("img", name="artifact-image")
-    expect(curves).to_be_visible()
-    assert curves.evaluate("image => image.decode().then(() => image.naturalWidth)") > WIDTH / 2
+        expect(artifacts.get_by_role("link").filter(has=heading)).to_be_visible()
+    shown.save("artifacts", page, artifacts, left=SIDEBAR)
+
+    found = shown.up.artifacts(second)
+    page.goto(f"{shown.up.prefect}/v2/artifacts/artifact/{found['curves']['id']}")
+    assert is_drawn(page.get_by_role("img", name="artifact-image"))
+    page.goto(f"{shown.up.prefect}/v2/artifacts/artifact/{found['report']['id']}")
+    report = page.get_by_role("tabpanel")
+    expect(report.get_by_role("cell", name="win rate over SFT")).to_be_visible()
+    for figure in report.get_by_role("img").all():
+        assert is_drawn(figure)
+    shown.save("report", page, left=SIDEBAR)
+
+
+def is_drawn(image: Locator) -> bool:
+    """Whether an image is there, and could be read."""
+    return bool(image.evaluate("image => image.decode().then(() => image.naturalWidth > 100)"))
 
 
 def test_mlflow_shows_the_curves_of_an_rl_step(shown, second, page):
