@@ -99,6 +99,8 @@ class Shown(NamedTuple):
         """Save what the page shows, down to the last of some elements."""
         if self.pictures is None:
             return
+        # Nothing shows that a mouse is over it.
+        page.mouse.move(0, 0)
         picture = Image.open(io.BytesIO(page.screenshot(style=HIDDEN, animations="disabled")))
         boxes = [element.bounding_box() for element in until]
         bottom = max((box["y"] + box["height"] + MARGIN for box in boxes if box), default=HEIGHT)
@@ -237,8 +239,8 @@ def test_the_form_shows_the_fields_and_refuses_bad_values(shown, page):
     expect(form.get_by_text("'rl.gamma' does not match")).to_be_visible()
     assert shown.runs() == before
 
-    form.get_by_text("params (Optional)").evaluate("label => label.scrollIntoView()")
-    shown.save("custom-run", page, left=SIDEBAR)
+    page.get_by_text("Run Name").scroll_into_view_if_needed()
+    shown.save("custom-run", page, wrong, left=SIDEBAR)
 
 
 def test_the_page_of_a_run_shows_steps_and_artifacts(shown, second, page):
