@@ -29,9 +29,12 @@ smollm2: $(READY)
 
 # What the tests of the pages need; without it they are skipped.
 browser:
-	@command -v chromium || { command -v apt-get && [ "$$(id -u)" -eq 0 ]; } || \
-		{ echo "No chromium here, expected Debian's: sudo apt-get install chromium" >&2; exit 1; }
-	@command -v chromium || { $(APT) update && $(APT) install --yes --no-install-recommends chromium; }
+	@command -v chromium || \
+		if command -v apt-get && [ "$$(id -u)" -eq 0 ]; then \
+			$(APT) update && $(APT) install --yes --no-install-recommends chromium; \
+		else \
+			echo "Expected Debian's chromium, got none: sudo apt-get install chromium" >&2; exit 1; \
+		fi
 
 # The pictures of the pages in docs/, of a quickstart that is trained for them.
 screenshots: $(READY)
