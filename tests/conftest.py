@@ -72,6 +72,12 @@ evaluate:
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--screenshots", type=Path, metavar="FOLDER", help="Save pictures of the pages here."
+    )
+
+
 class SmallProject:
     """A project's folder with the one for its generated files, and its commands."""
 

@@ -68,6 +68,23 @@ def test_the_lifespan_passes_without_a_name():
     assert answer({}, "lifespan") == [{"type": "inside"}]
 
 
+def test_pages_may_call_nobody_else():
+    sent = []
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "headers": [(b"content-type", b"text/html")]})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", b"127.0.0.1:4200")]}
+    asyncio.run(Gate(page, NAMES)(scope, None, send))
+    (start,) = sent
+    assert start["headers"] == [
+        (b"content-type", b"text/html"), (b"content-security-policy", b"connect-src 'self'"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("host", "alone"),
     [

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from flows import services
 from plumbline.params.schema import Experiment, steps_of
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
+    from tests.flows.conftest import Up
 
 STEPS = steps_of(Experiment())
 SECRET = "planted-7f3c1e-secret"
@@ -60,99 +59,11 @@ LONG = {"rl": {"episodes": 4800}}
 """An RL step of some thirty seconds."""
 
 
-UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
-
-
-class Up:
-    """A project whose services are up, and their APIs."""
-
-    def __init__(self, project: SmallProject, ports: tuple[int, int]) -> None:
-        self.project = project
-        self.options = ("--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
-        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
-
-    def cli(self, command: str, *arguments: str, code: int = 0) -> dict[str, Any]:
-        """What `plumbline COMMAND --json` writes; checks its exit code."""
-        file = self.project.root / "said.json"
-        done = self.project.cli(
-            command, *arguments, "--json", str(file), PLUMBLINE_TEST_SECRET=SECRET
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        value: dict[str, Any] = json.loads(file.read_bytes())
-        file.unlink()
-        return value
-
-    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """Call Prefect's API; 503 means that its database was locked just then."""
-        request = urllib.request.Request(
-            f"{self.prefect}/api/{path}",
-            json.dumps(body).encode() if body is not None else None,
-            {"Content-Type": "application/json"},
-            method=method,
-        )
-        for attempt in range(10):
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    text = answer.read()
-                return json.loads(text) if text else None
-            except urllib.error.HTTPError as error:
-                if error.code != 503 or attempt == 9:
-                    raise
-                time.sleep(0.5)
-
-    def deployment(self, name: str = "align/tiny") -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"deployments/name/{name}")
-        return found
-
-    def start(self, name: str = "align/tiny", **parameters: Any) -> str:
-        """Start a run of a deployment, as its form does; returns its id."""
-        path = f"deployments/{self.deployment(name)['id']}/create_flow_run"
-        return str(self.ask(path, {"parameters": parameters})["id"])
-
-    def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
-        """What the page of a run shows, by key."""
-        found = self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        return {one["key"]: one for one in found if one["key"]}
-
-    def points(self, sweep: str) -> dict[str, dict[str, Any]]:
-        """The flow runs of a sweep's points, by their tags."""
-        wanted = {"tags": {"all_": [f"sweep:{sweep}"]}}
-        found = self.ask("flow_runs/filter", {"flow_runs": wanted})
-        return {tag: one for one in found for tag in one["tags"] if tag.startswith("point:")}
-
-    def wait(self, run: str, *states: str, seconds: float = 180) -> dict[str, Any]:
-        """Wait until a run is in one of the states."""
-        deadline = time.monotonic() + seconds
-        while True:
-            found: dict[str, Any] = self.ask(f"flow_runs/{run}")
-            if found["state_type"] in states:
-                return found
-            assert found["state_type"] in UNDER_WAY, found["state"]
-            assert time.monotonic() < deadline, found["state"]
-            time.sleep(0.3)
-
-    def steps(self, run: str) -> dict[str, str]:
-        """The state of each step of a run."""
-        body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        tasks = self.ask("task_runs/filter", body)
-        return {task["name"].rpartition("-")[0]: task["state_name"] for task in tasks}
-
-
-def free_ports() -> tuple[int, int]:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as two,
-    ):
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture
-def up(project: SmallProject) -> Iterator[Up]:
+def up(project: SmallProject, serve: Callable[..., AbstractContextManager[Up]]) -> Iterator[Up]:
     (project.root / "prefect.yaml").write_text(DEPLOYMENTS)
-    yield Up(project, free_ports())
-    project.cli("down")
-    for process in services.members(project.home):
-        process.kill()
+    with serve(project, PLUMBLINE_TEST_SECRET=SECRET) as up:
+        yield up
 
 
 def of_the_home(project: SmallProject) -> list[psutil.Process]:
