@@ -150,6 +150,10 @@ def _open_run(
         "data.dirty": str(data.dirty).lower(),
         **git_state(project.root),
     }
+    # What MLflow's table of runs shows as their source.
+    tags |= {"mlflow.source.name": f"params/{loaded.name}.yaml", "mlflow.source.type": "LOCAL"}
+    if commit := tags.get("git.commit"):
+        tags["mlflow.source.git.commit"] = commit
     if place := place_in_sweep():
         tags |= place.tags()
     run = tracking.start_pipeline(

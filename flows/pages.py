@@ -9,6 +9,7 @@ from flows.services import MLFLOW, read_state
 from flows.starting import DEFAULT_HOST, DEFAULT_PORTS
 from plumbline.addresses import without_credentials
 from plumbline.project import Project
+from tasks.experiments import VIEW
 
 
 class MlflowPages(NamedTuple):
@@ -24,8 +25,8 @@ class MlflowPages(NamedTuple):
         return f"{self.server}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def runs(self) -> str:
-        """The table of the project's runs."""
-        return f"{self.server}/#/experiments/{self.experiment_id}/runs"
+        """The table of the project's runs, with the metrics that they are compared by."""
+        return f"{self.server}/#/experiments/{self.experiment_id}/runs?viewStateShareKey={VIEW}"
 
     def model(self, model_id: str) -> str:
         """The page of a logged model."""

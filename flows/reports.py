@@ -121,11 +121,11 @@ def _verdict(summary: RunSummary) -> Iterator[str]:
         f"The policy's answer beats the SFT model's on **{_percent(m, 'eval/win_rate')}** of "
         f"{prompts} by the reward model, at a KL of {m['eval/policy/kl']:.2f} nats a response."
     )
-    for name, judge in (("gold", "gold scorer"), ("judge", "judge")):
+    others = {"gold": "the gold scorer", "judge": "the judge, which training never follows"}
+    for name, who in others.items():
         if f"eval/{name}_win_rate" in m:
             yield (
-                f"By the {judge}, which training does not follow: on "
-                f"**{_percent(m, f'eval/{name}_win_rate')}**; mean score "
+                f"By {who}: on **{_percent(m, f'eval/{name}_win_rate')}**; mean score "
                 f"{m[f'eval/sft/{name}']:.2f} → {m[f'eval/policy/{name}']:.2f}."
             )
 
@@ -169,16 +169,16 @@ def _answers(summary: RunSummary) -> Iterator[str]:
         f"{len(rows)} of {len(summary.samples)}, from where the policy's score gains most to where "
         "it loses most; samples.json has them all."
     )
-    yield from ("", *table_head("prompt", "SFT", "policy"))
+    # No table: Prefect's page does not break the lines in one.
     for row in rows:
-        answers = (f"{literal(str(row[m]))}<br>{_score(row, m)}" for m in ("sft", "policy"))
-        yield table_row(literal(str(row["prompt"])), *answers)
+        yield from ("", f"**{literal(str(row['prompt']))}**", "")
+        for model, name in (("sft", "SFT"), ("policy", "policy")):
+            yield f"- *{name}, {_scores(row, model)}*: {literal(str(row[model]))}"
 
 
-def _score(row: Mapping[str, Any], model: str) -> str:
-    names = {"score": "score", "gold": "gold", "judge": "judge"}
-    known = {label: row.get(f"{model}_{name}") for label, name in names.items()}
-    return f"*{', '.join(f'{k} {float(v):.2f}' for k, v in known.items() if v is not None)}*"
+def _scores(row: Mapping[str, Any], model: str) -> str:
+    known = {name: row.get(f"{model}_{name}") for name in ("score", "gold", "judge")}
+    return ", ".join(f"{name} {float(v):.2f}" for name, v in known.items() if v is not None)
 
 
 def spread(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -1,21 +1,40 @@
 """Which MLflow experiment holds a project's runs, so that projects on one server stay apart."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
-
-import mlflow
 
 from plumbline.project import find_project
 
 UNNAMED = "plumbline"
 """The experiment of a project whose folder has no name."""
+VIEW = "plumbline"
+"""Key of the view of an experiment's runs that shows what they are compared by."""
+COLUMNS = (
+    "attributes.`Created`",
+    "attributes.`Duration`",
+    "metrics.`eval/win_rate`",
+    "metrics.`eval/policy/gold`",
+    "metrics.`eval/policy/judge`",
+    "metrics.`eval/policy/score`",
+    "metrics.`eval/policy/kl`",
+    "metrics.`reward_model/accuracy`",
+    "params.`rl.algorithm`",
+    "params.`rl.kl_coef`",
+)
+"""Of that view, by MLflow's names; without it the table of runs shows no metric at first."""
 
 
 def experiment_name() -> str:
     """The experiment of this project: MLFLOW_EXPERIMENT_NAME, or else its folder's name."""
     named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
     return named or find_project().root.name or UNNAMED
+
+
+def view_tag() -> dict[str, str]:
+    """The tag of an experiment in which MLflow keeps a view that its pages can be linked with."""
+    return {f"mlflow.sharedViewState.{VIEW}": json.dumps({"selectedColumns": COLUMNS})}
 
 
 def experiment_ids(runs: Any, home: Path | None) -> list[str]:
@@ -37,6 +56,9 @@ def experiment_ids(runs: Any, home: Path | None) -> list[str]:
 
 def store_uri() -> str:
     """Where MLflow keeps its runs."""
+    # Who only asks for a name needs no MLflow.
+    import mlflow
+
     return str(mlflow.get_tracking_uri())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -240,14 +241,14 @@ def _describe_adapter(folder: Path, logged: Any, max_new_tokens: int) -> None:
 
     MLflow's own form of an adapter names a model of the hub, which ours is not.
     """
-    # It takes a second, which models that are whole spend as they are saved.
-    from mlflow.pyfunc import add_to_model
-
     folder.mkdir(parents=True, exist_ok=True)
     described = _describe(logged)
     described.signature = _text_to_text()
-    add_to_model(
-        described, loader_module=ADAPTER_LOADER, model_config={"max_new_tokens": max_new_tokens}
+    described.add_flavor(
+        "python_function",
+        loader_module=ADAPTER_LOADER,
+        python_version=platform.python_version(),
+        config={"max_new_tokens": max_new_tokens},
     )
     described.save(str(folder / "MLmodel"))
 

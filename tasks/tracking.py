@@ -33,7 +33,7 @@ from tasks.delivery import (
     metrics_record,
     open_outbox,
 )
-from tasks.experiments import experiment_ids, experiment_name
+from tasks.experiments import experiment_ids, experiment_name, view_tag
 from tasks.faults import broken_device, first_line
 from tasks.mlflow_client import client as client
 from tasks.mlflow_client import gave_up, patiently, say_waiting, wait_seconds
@@ -388,7 +388,7 @@ def _experiment_id(home: Path) -> str:
     if found is None:
         # Another first run may be quicker.
         with contextlib.suppress(MlflowException):
-            client().create_experiment(name, artifact_location=location)
+            client().create_experiment(name, artifact_location=location, tags=view_tag())
         found = client().get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
         raise MachineError(
@@ -396,6 +396,9 @@ def _experiment_id(home: Path) -> str:
             f"(mlflow experiments restore --experiment-id {found.experiment_id}), or set "
             "MLFLOW_EXPERIMENT_NAME to another name."
         )
+    for key, value in view_tag().items():
+        if found.tags.get(key) != value:
+            client().set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 

@@ -537,7 +537,7 @@ def test_a_second_gc_is_refused(project, store):
 
 @pytest.mark.parametrize("delete", [False, True])
 def test_a_shared_store_is_refused(project, store, delete, monkeypatch):
-    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://mlflow.example:5000")
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://me:pw@mlflow.example:5000")
 
     with pytest.raises(MachineError, match=r"expected MLFLOW_TRACKING_URI.*got http://mlflow"):
         collect(project, delete=delete)

@@ -1,5 +1,6 @@
 """Tests of tasks.experiments: whose runs are found where, on own stores and shared ones."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 
 from plumbline.errors import MachineError, ParamsError
 from tasks import inventory, model_store, past_runs, tracking
-from tasks.experiments import experiment_name
+from tasks.experiments import experiment_name, view_tag
 
 Enter = Callable[[str], Path]
 
@@ -106,6 +107,16 @@ def test_another_project_s_registered_model_is_refused(
     model_store.check_owner("another")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "one")
     model_store.check_owner("policy")
+
+
+def test_an_experiment_has_the_view_that_pages_link_to(enter: Enter, shared: None) -> None:
+    client = MlflowClient()
+    made = client.get_experiment(client.create_experiment("one"))
+    run = tracking.start_pipeline("a", enter("one"), {}, {})
+    (tag,) = view_tag()
+    assert run.experiment_id == made.experiment_id
+    columns = json.loads(client.get_experiment(run.experiment_id).tags[tag])["selectedColumns"]
+    assert "metrics.`eval/win_rate`" in columns
 
 
 def test_an_experiment_that_was_deleted_is_named(enter: Enter, shared: None) -> None:

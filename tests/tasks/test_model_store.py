@@ -147,7 +147,14 @@ def test_an_adapter_s_manifest_has_the_name_of_what_it_changes(
     monkeypatch.setattr(model_store, "save_adapter", save_adapter)
     with tracking.step_run(run, "sft", {}) as tracked:
         base = model_store.log_model(tracked, "text-generation", None, None, metrics={})  # type: ignore[arg-type]
-        adapter = model_store.log_adapter(tracked, None, Saved(), base=base, metrics={})  # type: ignore[arg-type]
+        adapter = model_store.log_adapter(
+            tracked,
+            None,  # type: ignore[arg-type]
+            Saved(),  # type: ignore[arg-type]
+            base=base,
+            max_new_tokens=4,
+            metrics={},
+        )
 
     folder = local_path(adapter.uri)
     assert folder is not None
