@@ -17,8 +17,8 @@ from flows.stopping import cancellable
 from flows.summary import RunSummary, StepSummary
 from flows.wiring import wiring
 from plumbline.artifacts import DigestCache
-from plumbline.checks import check_experiment, check_tables
-from plumbline.errors import PlumblineError
+from plumbline.checks import check_experiment, check_files
+from plumbline.errors import ParamsError, PlumblineError
 from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
@@ -29,6 +29,7 @@ from tasks.aliases import note_version
 from tasks.base_model import base_model
 from tasks.bookkeeping import close_dead_runs
 from tasks.checkpoints import discard_checkpoints
+from tasks.data_objects import version_at
 from tasks.data_version import current_version, git_state, pull_missing
 from tasks.dpo import dpo
 from tasks.evaluate import evaluate
@@ -63,6 +64,7 @@ def align(
     overrides: list[str] | None = None,
     refresh: list[StepName] | None = None,
     allow_dirty: bool = False,
+    data_rev: str = "",
 ) -> RunSummary:
     """Run an alignment experiment; steps whose inputs did not change come from the cache.
 
@@ -71,6 +73,7 @@ def align(
         overrides: Changes to its params, each as key=value, for example rl.kl_coef=0.1.
         refresh: Steps to run again although nothing changed.
         allow_dirty: Accept data that differs from data.dvc, and tag the run so.
+        data_rev: Version of the data to run on, whatever is in data/; none: that of data.dvc.
     """
     started = time.perf_counter()
     quiet_libraries()
@@ -79,9 +82,8 @@ def align(
     make_home(project.home)
     loaded = load_experiment(experiment, project.params, overrides or ())
     check_experiment(loaded.experiment, project.root)
-    pull_missing(project.root)
-    data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
-    check_tables(loaded.experiment, project.root)
+    data = _find_data(project, loaded, data_rev, allow_dirty)
+    check_files(loaded.experiment, data.files)
 
     close_dead_runs(project.home)
     run = _open_run(project, loaded, data)
@@ -121,6 +123,19 @@ def _check_unedited() -> None:
         raise PlumblineError(
             f"The code was edited while the run started: {', '.join(edited)}. Run again."
         )
+
+
+def _find_data(project: Project, loaded: Loaded, rev: str, allow_dirty: bool) -> DataVersion:
+    path = loaded.experiment.data.path
+    if not rev:
+        pull_missing(project.root)
+        return current_version(project.root, path, allow_dirty=allow_dirty)
+    if allow_dirty:
+        raise ParamsError(
+            f"allow_dirty is about edits in data/, and data_rev={rev} reads none of it; leave out "
+            "the one or the other"
+        )
+    return version_at(project.root, path, rev)
 
 
 def _open_run(project: Project, loaded: Loaded, data: DataVersion) -> tracking.PipelineRun:

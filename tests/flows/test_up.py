@@ -11,13 +11,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from flows import services
+from plumbline.data.splits import prompt_id, split_of
 from plumbline.params.schema import Experiment, steps_of
+from tasks.data_version import read_pin
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -34,6 +37,14 @@ deployments:
     parameters: {experiment: tiny}
     concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
     schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC, active: false}]
+    work_pool: {name: local}
+"""
+WATCH = """\
+  - name: data-watch
+    tags: [test]
+    entrypoint: flows.data_watch.data_watch
+    parameters: {experiment: tiny}
+    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
     work_pool: {name: local}
 """
 SECOND = """\
@@ -57,12 +68,10 @@ class Up:
         self.options = ("--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
         self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
 
-    def cli(self, command: str, *arguments: str, code: int = 0) -> dict[str, Any]:
-        """What `plumbline COMMAND --json` writes; checks its exit code."""
+    def cli(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        """What `plumbline ARGUMENTS --json` writes; checks its exit code."""
         file = self.project.root / "said.json"
-        done = self.project.cli(
-            command, *arguments, "--json", str(file), PLUMBLINE_TEST_SECRET=SECRET
-        )
+        done = self.project.cli(*arguments, "--json", str(file), PLUMBLINE_TEST_SECRET=SECRET)
         assert done.returncode == code, done.stdout + done.stderr
         value: dict[str, Any] = json.loads(file.read_bytes())
         file.unlink()
@@ -86,13 +95,13 @@ class Up:
                     raise
                 time.sleep(0.5)
 
-    def deployment(self, name: str = "tiny") -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"deployments/name/align/{name}")
+    def deployment(self, name: str = "align/tiny") -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"deployments/name/{name}")
         return found
 
-    def start(self, **parameters: Any) -> str:
-        """Start a run of the deployment, as its form does; returns its id."""
-        path = f"deployments/{self.deployment()['id']}/create_flow_run"
+    def start(self, deployment: str = "align/tiny", **parameters: Any) -> str:
+        """Start a run of a deployment, as its form does; returns its id."""
+        path = f"deployments/{self.deployment(deployment)['id']}/create_flow_run"
         return str(self.ask(path, {"parameters": parameters})["id"])
 
     def wait(self, run: str, *states: str, seconds: float = 180) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def free_ports() -> tuple[int, int]:
 
 @pytest.fixture
 def up(project: SmallProject) -> Iterator[Up]:
-    (project.root / "prefect.yaml").write_text(DEPLOYMENTS)
+    (project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH)
     yield Up(project, free_ports())
     project.cli("down")
     for process in services.members(project.home):
@@ -190,8 +199,112 @@ def query(up: Up, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
+def look(up: Up, *states: str, **parameters: Any) -> dict[str, Any]:
+    """A run of `data-watch`, once it has ended in one of the states."""
+    return up.wait(up.start("data-watch/data-watch", **parameters), *states)
+
+
+def started_by_itself(up: Up, count: int, seconds: float = 30) -> dict[str, Any]:
+    """The last of so many runs that the automation has started, as soon as it is under way."""
+    deadline = time.monotonic() + seconds
+    while True:
+        runs = up.ask("flow_runs/filter", {"flows": {"name": {"any_": ["align"]}}})
+        made = [run for run in runs if (run["created_by"] or {}).get("type") == "AUTOMATION"]
+        made.sort(key=lambda run: str(run["created"]))
+        assert len(made) <= count
+        if len(made) == count and made[-1]["state_type"] != "SCHEDULED":
+            return dict(made[-1])
+        assert time.monotonic() < deadline, [run["state"] for run in made]
+        time.sleep(0.3)
+
+
+def events(up: Up) -> list[dict[str, Any]]:
+    """The events of changed data, newest first; they reach the database in batches."""
+    found: list[dict[str, Any]] = up.ask(
+        "events/filter", {"filter": {"event": {"name": ["dvc.data.changed"]}}}
+    )["events"]
+    return found
+
+
+def change_a_prompt(project: SmallProject, word: str) -> None:
+    """Change a prompt that RL samples from to another one, and have DVC pin it."""
+    rows = project.rows("prompts")
+    row = next(row for row in rows if in_train(row["prompt"]))
+    texts = (f"{row['prompt']} {word} {number}" for number in range(100))
+    row["prompt"] = next(text for text in texts if in_train(text))
+    project.write_rows("prompts", rows)
+    project.dvc("add", "data")
+
+
+def in_train(prompt: str) -> bool:
+    return split_of(prompt_id(json.dumps([{"role": "user", "content": prompt}])), 0.2) == "train"
+
+
+ONLY_RL_AND_LATER = {
+    "prepare_data": "Completed", "base_model": "Cached", "sft": "Cached", "reward_model": "Cached",
+    "rl": "Completed", "evaluate": "Completed", "register": "Completed",
+}  # fmt: skip
+
+
+def changed_data_starts_runs(up: Up, folder: Path) -> None:
+    """Change the data here, badly, and in another clone, and see what `data-watch` makes of it."""
+    assert look(up, "COMPLETED")["state_name"] == "Unchanged"
+
+    # A changed row is announced, and a run starts by itself: only of what depends on it.
+    change_a_prompt(up.project, "again")
+    found = look(up, "COMPLETED")
+    assert found["state_name"] == "Announced", found["state"]
+    run = started_by_itself(up, 1)
+    assert look(up, "COMPLETED")["state_name"] == "Announced before"
+    up.wait(run["id"], "COMPLETED")
+    assert up.steps(run["id"]) == ONLY_RL_AND_LATER
+    assert run["parameters"]["data_rev"] == read_pin(up.project.root)
+    assert look(up, "COMPLETED")["state_name"] == "Unchanged"
+
+    # An invalid row starts nothing, and the pages say which it is.
+    up.project.write_rows("prompts", [*up.project.rows("prompts"), {"prompt": " "}])
+    up.project.dvc("add", "data")
+    invalid = look(up, "FAILED")
+    assert invalid["state_name"] == "Invalid data"
+    assert "prompts.jsonl:121 prompt: " in invalid["state"]["message"]
+    (page,) = up.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [invalid["id"]]}}})
+    assert "| prompts.jsonl | 121 | prompt | " in page["data"]
+
+    # A commit that somebody else has pushed is announced, whatever is in the work tree here.
+    push_from_elsewhere(up.project, folder)
+    pinned = read_pin(up.project.root)
+    by_hand = up.cli("data", "watch", "--experiment", "tiny", "--ref", "origin/main")
+    assert by_hand["state"] == "announced"
+    run = started_by_itself(up, 2)
+    assert run["parameters"]["data_rev"] == by_hand["rev"] != pinned
+    up.wait(run["id"], "COMPLETED")
+    assert up.steps(run["id"]) == ONLY_RL_AND_LATER
+    assert read_pin(up.project.root) == pinned
+    assert up.project.rows("prompts")[-1] == {"prompt": " "}
+
+    wait_for(lambda: len(events(up)) == 2, seconds=20)
+    last, first = events(up)
+    assert [change["path"] for change in first["payload"]["files"]] == ["prompts.jsonl"]
+    assert (first["payload"]["source"], last["payload"]["source"]) == ("work tree", "origin/main")
+
+
+def push_from_elsewhere(project: SmallProject, folder: Path) -> None:
+    """Change a prompt in a clone, and push it to a remote that the project has, too."""
+    bare, clone = folder / "bare.git", folder / "clone"
+    project.git("clone", "--quiet", "--bare", ".", str(bare))
+    project.git("remote", "add", "origin", str(bare))
+    project.git("clone", "--quiet", str(bare), str(clone))
+    theirs = type(project)(clone, project.home)
+    theirs.dvc("pull")
+    change_a_prompt(theirs, "elsewhere")
+    theirs.dvc("push")
+    theirs.git("add", "data.dvc", ".dvc-store")
+    theirs.git("commit", "--quiet", "-m", "Other data")
+    theirs.git("push", "--quiet", "origin", "main")
+
+
 @pytest.mark.timeout(600)
-def test_from_up_to_down(up):
+def test_from_up_to_down(up, tmp_path):
     # A run of the command line is under way, on a server of its own.
     file = up.project.root / "early.json"
     early = up.project.start("run", "tiny", "--json", str(file))
@@ -205,8 +318,9 @@ def test_from_up_to_down(up):
     }  # fmt: skip
     assert said["services"]["prefect"]["url"] == up.prefect
     assert said["services"]["mlflow"]["url"] == up.mlflow
-    (deployment,) = said["deployments"]
+    deployment, watch = said["deployments"]
     assert (deployment["name"], deployment["pool"]) == ("align/tiny", "local")
+    assert (watch["name"], watch["pool"]) == ("data-watch/data-watch", "local")
     assert [s["active"] for s in deployment["schedules"]] == [False]
     assert up.cli("status")["services"] == said["services"]
     assert {pool["name"] for pool in up.ask("work_pools/filter", {})} == {"local", "gpu"}
@@ -262,16 +376,23 @@ def test_from_up_to_down(up):
     nightly = up.deployment()["schedules"][0]
     path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
     up.ask(path, {"active": True}, method="PATCH")
-    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + SECOND)
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH + SECOND)
+    (automation,) = up.ask("automations/filter", {})
+    up.ask(f"automations/{automation['id']}", {"enabled": False}, method="PATCH")
     psutil.Process(said["services"]["mlflow"]["pid"]).kill()
     after = up.cli("up")
     assert after["services"]["prefect"] == said["services"]["prefect"]
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
-    assert [one["name"] for one in after["deployments"]] == ["align/second", "align/tiny"]
+    names = ["align/second", "align/tiny", "data-watch/data-watch"]
+    assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
+    assert [one["enabled"] for one in up.ask("automations/filter", {})] == [False]
+    up.ask(f"automations/{automation['id']}", {"enabled": True}, method="PATCH")
+
+    changed_data_starts_runs(up, tmp_path)
 
     # A run that is cancelled in the UI saves its state, before Prefect would kill it.
     cancelled = start_long(up)
