@@ -1,16 +1,14 @@
 """Whether the data differs from what an experiment was last trained on, and what to do about it.
 
-Imports no Prefect: one check works without a server.
+One look works without a server. To be imported once PREFECT_API_URL names the one that is to hear
+of it, where there is one.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flows.checking import check_version
-from flows.planning import make_plan
 from flows.watch_found import WORK_TREE, FileChange, Found, PlannedStep, State, Trained
 from flows.watch_notes import Note, WatchNotes
-from plumbline.data.validation import failures_table
 from plumbline.errors import DataError
 from plumbline.params.loader import Loaded, load_experiment
 from plumbline.project import Project
@@ -127,6 +125,11 @@ def _trained(run: PastRun | None) -> Trained | None:
 
 def _examined(project: Project, loaded: Loaded, found: Found, data: DataVersion) -> Found:
     """A change with all that is to be said of it, once its rows are known to be valid."""
+    # They import PyTorch, which a look that finds nothing need not wait for.
+    from flows.checking import check_version
+    from flows.planning import make_plan
+    from plumbline.data.validation import failures_table
+
     prepared = check_version(project, loaded.experiment, data)
     trained = found.trained
     old = files_at(project.root, data.path, trained.rev) if trained else {}

@@ -1,6 +1,7 @@
 """The command `plumbline data watch`: one look, and an event where a Prefect server is up."""
 
 import os
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -8,10 +9,12 @@ from flows.service_status import named_servers, running_url
 from flows.services import PREFECT
 from flows.watch_found import WORK_TREE, Found
 from flows.watch_report import show
-from flows.watching import Announce, watch
 from plumbline.errors import ParamsError
 from plumbline.params.loader import load_experiment
 from plumbline.project import Project
+
+if TYPE_CHECKING:
+    from flows.watching import Announce
 
 
 def watch_by_hand(
@@ -27,6 +30,9 @@ def watch_by_hand(
     """
     name = load_experiment(experiment, project.params).name
     announce, why_not = _announcer(project, name)
+    # Only now: it imports Prefect, which looks for the server's address once.
+    from flows.watching import watch
+
     found = watch(project, experiment, ref, again=again, announce=announce)
     show(console, found)
     if found.state == "changed":
@@ -36,7 +42,7 @@ def watch_by_hand(
     return found
 
 
-def _announcer(project: Project, experiment: str) -> tuple[Announce | None, str]:
+def _announcer(project: Project, experiment: str) -> "tuple[Announce | None, str]":
     """What announces a change to the server that is up; or None, and why nothing does."""
     api = named_servers(project).get(PREFECT)
     url = running_url(project, PREFECT)
