@@ -20,8 +20,8 @@ from flows.stopping import cancellable
 from flows.summary import RunSummary, StepSummary
 from flows.wiring import wiring
 from plumbline.artifacts import DigestCache
-from plumbline.checks import check_experiment, check_tables
-from plumbline.errors import PlumblineError
+from plumbline.checks import check_experiment, check_files
+from plumbline.errors import ParamsError, PlumblineError
 from plumbline.params.loader import Loaded, flatten, load_experiment
 from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
@@ -32,6 +32,7 @@ from tasks.aliases import move_alias, note_version
 from tasks.base_model import base_model
 from tasks.bookkeeping import close_dead_runs
 from tasks.checkpoints import discard_checkpoints
+from tasks.data_objects import version_at
 from tasks.data_version import current_version, git_state, pull_missing
 from tasks.dpo import dpo
 from tasks.evaluate import evaluate
@@ -66,6 +67,7 @@ def align(
     overrides: list[str] | None = None,
     refresh: list[StepName] | None = None,
     allow_dirty: bool = False,
+    data_rev: str = "",
 ) -> RunSummary:
     """Run an alignment experiment; steps whose inputs did not change come from the cache.
 
@@ -74,6 +76,7 @@ def align(
         overrides: Changes to its params, each as key=value, for example rl.kl_coef=0.1.
         refresh: Steps to run again although nothing changed.
         allow_dirty: Accept data that differs from data.dvc, and tag the run so.
+        data_rev: Version of the data to run on, whatever is in data/; none: that of data.dvc.
     """
     started = time.perf_counter()
     quiet_libraries()
@@ -83,9 +86,8 @@ def align(
     note_functions(loaded.experiment.functions())
     check_experiment(loaded.experiment, project.root)
     _check_unedited()
-    pull_missing(project.root)
-    data = current_version(project.root, loaded.experiment.data.path, allow_dirty=allow_dirty)
-    check_tables(loaded.experiment, project.root)
+    data = _find_data(project, loaded, data_rev, allow_dirty)
+    check_files(loaded.experiment, data.files)
     if place := place_in_sweep():
         place.check(loaded.experiment, data)
     model_store.check_owner(loaded.experiment.registry.name)
@@ -134,6 +136,19 @@ def _check_unedited() -> None:
         raise PlumblineError(
             f"The code was edited while the run started: {', '.join(edited)}. Run again."
         )
+
+
+def _find_data(project: Project, loaded: Loaded, rev: str, allow_dirty: bool) -> DataVersion:
+    path = loaded.experiment.data.path
+    if not rev:
+        pull_missing(project.root)
+        return current_version(project.root, path, allow_dirty=allow_dirty)
+    if allow_dirty:
+        raise ParamsError(
+            f"allow_dirty is about edits in data/, and data_rev={rev} reads none of it; leave out "
+            "the one or the other"
+        )
+    return version_at(project.root, path, rev)
 
 
 def _open_run(

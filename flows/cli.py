@@ -355,6 +355,32 @@ def data_status() -> None:
             out.print(f"  {line}")
 
 
+@data_app.command("watch")
+def data_watch(
+    experiment: Annotated[
+        str, typer.Option("--experiment", metavar="EXPERIMENT", help="Whose data to look at.")
+    ] = "quickstart",
+    ref: Annotated[
+        str,
+        typer.Option(metavar="REF", help="A git ref, e.g. origin/main, which is fetched first."),
+    ] = "",
+    again: Annotated[
+        bool, typer.Option("--again", help="Start a run also for data that has started one.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Say whether the data differs from what was last trained on; if `up` is on, start a run."""
+    with _errors_as_exit_codes():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.watching_by_hand import watch_by_hand
+
+        found = watch_by_hand(project, out, experiment, ref, again=again)
+        if json_file:
+            _write_json(json_file, found.model_dump(mode="json"))
+
+
 @data_app.command("import")
 def data_import(
     form: Annotated[

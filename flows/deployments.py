@@ -26,6 +26,7 @@ Knobs = Annotated[dict[str, Any], WithJsonSchema(knobs_schema())]
 SweepChoice = Annotated[str, WithJsonSchema(sweep_schema())]
 Parallel = Annotated[int | None, WithJsonSchema(parallel_schema())]
 Overrides = Annotated[list[str], WithJsonSchema(overrides_schema())]
+DataRev = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"^([0-9a-f]{32}\.dir)?$"})]
 
 
 # Under the name of the command line's flow, so that all its runs stand together.
@@ -36,6 +37,7 @@ def align(
     overrides: Overrides = [],  # noqa: B006
     refresh: list[StepName] = [],  # noqa: B006
     allow_dirty: bool = False,
+    data_rev: DataRev = "",
 ) -> RunSummary:
     """Run an alignment experiment; steps whose inputs did not change come from the cache.
 
@@ -45,6 +47,8 @@ def align(
         overrides: Changes to any other params, each as KEY=VALUE, for example sft.batch_size=8.
         refresh: Steps to run again although nothing changed.
         allow_dirty: Accept data that differs from data.dvc, and tag the run so.
+        data_rev: The version of the data to run on, as data.dvc names it (….dir), whatever is in
+            data/ by then. Empty: the one of data.dvc. `data-watch` fills it in.
     """
     from plumbline.params.loader import load_experiment
     from plumbline.project import find_project, make_home
@@ -63,7 +67,7 @@ def align(
 
     tag_flow_run()
     # The function, not the flow: a flow in a flow would be a run of its own in the UI.
-    return run.fn(experiment, texts, refresh, allow_dirty)
+    return run.fn(experiment, texts, refresh, allow_dirty, data_rev)
 
 
 @flow(name="sweep", flow_run_name=sweep_run_name, persist_result=False)

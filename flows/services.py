@@ -88,6 +88,8 @@ class State(BaseModel):
     """Digest of what the deployments were made from."""
     deployments: dict[str, list[str]] = {}
     """By their names, with their flows' (align/quickstart): the names of their schedules."""
+    automation: str = ""
+    """Digest of what the automation of changed data was made from."""
 
 
 def read_state(home: Path) -> State:

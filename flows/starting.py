@@ -238,7 +238,7 @@ def _start_mlflow(project: Project, address: Address) -> Service:
 
 
 def _go_on_in_prefect(project: Project, state: State, say: Say) -> None:
-    """Make pools, start workers, and deploy, in the server that is there by now."""
+    """Make pools, start workers, deploy and automate, in the server that is there by now."""
     prefect = state.services.get(PREFECT)
     if PREFECT in _servers(project) and prefect and prefect.address:
         os.environ["PREFECT_API_URL"] = f"{prefect.address.url}/api"
@@ -250,6 +250,7 @@ def _go_on_in_prefect(project: Project, state: State, say: Say) -> None:
         pool for pool in _pools_to_serve() if _start_worker(project, state, pool, say) is not None
     ]
     _deploy(project, state, say)
+    _make_automation(project, state)
     for pool in started:
         _wait_for_worker(project, state.services[WORKER + pool], pool)
 
@@ -318,4 +319,12 @@ def _deploy(project: Project, state: State, say: Say) -> None:
     say("deploying prefect.yaml …")
     state.deployments = deploy(project, state.deployments)
     state.deployed = digest
+    write_state(project.home, state)
+
+
+def _make_automation(project: Project, state: State) -> None:
+    """Let changed data start runs."""
+    from flows.automating import make_automation
+
+    state.automation = make_automation(state.automation)
     write_state(project.home, state)

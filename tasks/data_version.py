@@ -3,7 +3,7 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import yaml
 
 from plumbline.errors import DataError
 from plumbline.refs import DataVersion
+
+CACHE, STORE = ".dvc/cache", ".dvc-store"
+"""Folders of the project with DVC's objects; those of the store are committed."""
 
 
 def read_pin(root: Path) -> str:
@@ -50,18 +53,23 @@ def dir_hash(hashes: dict[str, str]) -> str:
 
 def pinned_hashes(root: Path, pin: str) -> dict[str, str] | None:
     """md5 of each file of the pinned version; None where neither cache nor store has the list."""
-    path = next(_stored(root, pin), None)
+    path = next(stored(root, pin), None)
     if path is None:
         return None
     return {row["relpath"]: row["md5"] for row in json.loads(path.read_bytes())}
 
 
-def _stored(root: Path, md5: str) -> Iterator[Path]:
+def stored(root: Path, md5: str) -> Iterator[Path]:
     """Where DVC keeps the content of this md5, as far as it is on this machine."""
-    for store in (root / ".dvc" / "cache", root / ".dvc-store"):
-        path = store / "files" / "md5" / md5[:2] / md5[2:]
+    for store in (CACHE, STORE):
+        path = root / store / object_path(md5)
         if path.is_file():
             yield path
+
+
+def object_path(md5: str) -> str:
+    """Where a cache or a store of DVC keeps the content of this md5."""
+    return f"files/md5/{md5[:2]}/{md5[2:]}"
 
 
 def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> DataVersion:
@@ -74,14 +82,7 @@ def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> Data
         DataError: the path is not below data/, the folder is missing, or the files are not the
             pinned ones and `allow_dirty` is off.
     """
-    relative = Path(path)
-    if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] != ("data",):
-        raise DataError(
-            f"data.path: expected a folder below data/, which data.dvc tracks, got {path!r}. "
-            "Put the data set into data/NAME and run `dvc add data`."
-        )
-    if len(relative.parts) < 2:
-        raise DataError(f"data.path: expected data/NAME, got {path!r}")
+    check_path(path)
     pin = read_pin(root)
     dirty = False
     try:
@@ -90,6 +91,32 @@ def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> Data
         if not allow_dirty:
             raise DataError(_how_it_differs(root, pin, error.hashes)) from None
         hashes, dirty = error.hashes, True
+    return data_set(hashes, path, pin, dirty=dirty)
+
+
+def check_path(path: str) -> None:
+    """Check that a path is one of a data set.
+
+    Raises:
+        DataError: it is not below data/.
+    """
+    relative = Path(path)
+    if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] != ("data",):
+        raise DataError(
+            f"data.path: expected a folder below data/, which data.dvc tracks, got {path!r}. "
+            "Put the data set into data/NAME and run `dvc add data`."
+        )
+    if len(relative.parts) < 2:
+        raise DataError(f"data.path: expected data/NAME, got {path!r}")
+
+
+def data_set(hashes: Mapping[str, str], path: str, rev: str, *, dirty: bool = False) -> DataVersion:
+    """The version of the data set at `path` among all files of data/.
+
+    Raises:
+        DataError: there is none.
+    """
+    relative = Path(path)
     prefix = relative.relative_to("data").as_posix() + "/"
     files = {name[len(prefix) :]: md5 for name, md5 in hashes.items() if name.startswith(prefix)}
     if not files:
@@ -100,7 +127,7 @@ def current_version(root: Path, path: str, *, allow_dirty: bool = False) -> Data
             "your own there and run `dvc add data`."
         )
     name = relative.as_posix()
-    return DataVersion(digest=dir_hash(files), path=name, rev=pin, files=files, dirty=dirty)
+    return DataVersion(digest=dir_hash(files), path=name, rev=rev, files=files, dirty=dirty)
 
 
 class _Differs(Exception):
@@ -120,6 +147,12 @@ def _verified(root: Path, pin: str) -> dict[str, str]:
     return hashes
 
 
+def in_place(root: Path, pin: str) -> dict[str, str] | None:
+    """md5 of each file below data/ if that is this very version now, or else None."""
+    hashes = file_hashes(root / "data")
+    return hashes if dir_hash(hashes) == pin else None
+
+
 def snapshot(root: Path, data: DataVersion, folder: Path) -> Path:
     """Copy the files of a version into `folder`, each verified as it is copied; returns the copy.
 
@@ -133,7 +166,7 @@ def snapshot(root: Path, data: DataVersion, folder: Path) -> Path:
     for name, md5 in data.files.items():
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        sources = (root / data.path / name, *_stored(root, md5))
+        sources = (root / data.path / name, *stored(root, md5))
         if not any(_copy(source, target) == md5 for source in sources):
             raise DataError(
                 f"{data.path}/{name} was edited while the run started, and DVC's cache does not "

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plumbline.process import alive
 from plumbline.project import find_project
 from tasks.experiments import experiment_ids
 from tasks.mlflow_client import PatientClient, client
-from tasks.tracking import open_uri
+from tasks.tracking import PROCESS_TAG, open_uri
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 ID_PREFIX = re.compile(r"[0-9a-f]{1,32}")
@@ -63,6 +64,37 @@ def last_pipelines(count: int, store: str | None = None) -> list[PastRun]:
     """The newest finished pipeline runs, newest first, without their steps."""
     finished = f"{PIPELINE} and attributes.status = 'FINISHED'"
     return [_bare(run) for run in _search(_client(store), finished, count, store)]
+
+
+def last_on_pinned_data(experiment: str) -> PastRun | None:
+    """The newest finished run of an experiment as it stands, on data as data.dvc pinned it.
+
+    Of runs with overrides none counts; the steps are left out.
+    """
+    found = _on_pinned_data(experiment, "FINISHED", 1)
+    return found[0] if found else None
+
+
+def under_way_on_pinned_data(experiment: str) -> list[PastRun]:
+    """The runs of an experiment as it stands, on pinned data, that living processes work on."""
+    found = _on_pinned_data(experiment, "RUNNING", 1000)
+    return [run for run in found if alive(run.tags.get(PROCESS_TAG, "")) is not False]
+
+
+def _on_pinned_data(experiment: str, status: str, most: int) -> list[PastRun]:
+    # MLflow's filters know no escapes.
+    if "'" in experiment:
+        return []
+    condition = " and ".join(
+        [
+            PIPELINE,
+            f"attributes.status = '{status}'",
+            f"tags.`plumbline.experiment` = '{experiment}'",
+            "tags.`plumbline.overrides` = '{}'",
+            "tags.`data.dirty` = 'false'",
+        ]
+    )
+    return [_bare(run) for run in _search(client(), condition, most)]
 
 
 def pipelines_named(name: str) -> list[PastRun]:

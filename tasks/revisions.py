@@ -3,6 +3,7 @@
 The working tree is neither read nor changed.
 """
 
+import os
 import re
 import subprocess
 import tarfile
@@ -11,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from plumbline.errors import DataError, PlumblineError
+from plumbline.errors import DataError, ParamsError, PlumblineError
 from tasks.data_version import dir_hash, file_hashes
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
+FETCH_SECONDS = 300.0
 
 
 def has_commit(root: Path, commit: str) -> bool:
@@ -98,6 +100,52 @@ def _fetch(root: Path, commit: str, to: Path) -> None:
             f"nor the remote gives it ({type(error).__name__}: {error}). Run `dvc push "
             "--all-commits` where it is, or check `dvc remote list`, then try again."
         ) from error
+
+
+def fetch_commit(root: Path, ref: str) -> str:
+    """The commit that a git ref names, once it is fetched where it is a remote's branch.
+
+    Of the user's repository nothing changes but what git knows of that remote.
+
+    Raises:
+        ParamsError: there is no such ref.
+        DataError: its remote can't be reached.
+    """
+    remotes = _git(root, "remote").stdout.decode().split()
+    remote = next((name for name in remotes if ref.startswith(f"{name}/")), None)
+    if remote is not None:
+        _fetch_remote(root, remote)
+    # A name that begins with a dash would be read as an option.
+    named = "" if ref.startswith("-") else f"{ref}^{{commit}}"
+    found = _git(root, "rev-parse", "--verify", "--quiet", named)
+    if found.returncode != 0:
+        branches = _git(root, "branch", "--all", "--format=%(refname:short)").stdout.decode()
+        raise ParamsError(
+            f"ref: expected a branch, a tag or a commit of this repository, got {ref!r}. Branches: "
+            f"{', '.join(branches.split()) or 'none'}"
+        )
+    return found.stdout.decode().strip()
+
+
+def _fetch_remote(root: Path, remote: str) -> None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "fetch", "--quiet", remote],
+            # Nobody is there to be asked for a password.
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=FETCH_SECONDS,
+            check=False,
+        )
+        said = done.stderr.decode(errors="replace").strip() if done.returncode else None
+    except subprocess.TimeoutExpired:
+        said = f"no answer within {FETCH_SECONDS:.0f} s"
+    if said is not None:
+        raise DataError(
+            f"Can't fetch from the git remote {remote}: {said}. See what `git fetch {remote}` "
+            "says; it has to work without asking for anything."
+        )
 
 
 def _pin_file(root: Path, commit: str) -> bytes:

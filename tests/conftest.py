@@ -102,6 +102,15 @@ class SmallProject:
         """Run DVC here; it is expected to work."""
         _execute(sys.executable, "-m", "dvc", *arguments, "--quiet", cwd=self.root)
 
+    def git(self, *arguments: str) -> str:
+        """Run git here, as somebody; it is expected to work. Returns what it says."""
+        settings = ("user.name=Test", "user.email=test@localhost", "commit.gpgsign=false")
+        options = [part for setting in settings for part in ("-c", setting)]
+        command = ["git", *options, *arguments]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
     def environment(self, **changes: str) -> dict[str, str]:
         """As it is here, but with nothing that points elsewhere."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}

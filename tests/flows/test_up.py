@@ -11,12 +11,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
+from plumbline.data.splits import prompt_id, split_of
 from plumbline.params.schema import Experiment, steps_of
+from tasks.data_version import read_pin
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -34,6 +37,14 @@ deployments:
     parameters: {experiment: tiny}
     concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
     schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC, active: false}]
+    work_pool: {name: local}
+"""
+WATCH = """\
+  - name: data-watch
+    tags: [test]
+    entrypoint: flows.data_watch.data_watch
+    parameters: {experiment: tiny}
+    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
     work_pool: {name: local}
 """
 SECOND = """\
@@ -61,7 +72,7 @@ LONG = {"rl": {"episodes": 4800}}
 
 @pytest.fixture
 def up(project: SmallProject, serve: Callable[..., AbstractContextManager[Up]]) -> Iterator[Up]:
-    (project.root / "prefect.yaml").write_text(DEPLOYMENTS)
+    (project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH)
     with serve(project, PLUMBLINE_TEST_SECRET=SECRET) as up:
         yield up
 
@@ -126,8 +137,116 @@ def query(up: Up, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
-@pytest.mark.timeout(900)
-def test_from_up_to_down(up):
+def look(up: Up, *states: str, **parameters: Any) -> dict[str, Any]:
+    """A run of `data-watch`, once it has ended in one of the states."""
+    return up.wait(up.start("data-watch/data-watch", **parameters), *states)
+
+
+def started_by_itself(up: Up, count: int, seconds: float = 30) -> dict[str, Any]:
+    """The last of so many runs that the automation has started, as soon as it is under way."""
+    deadline = time.monotonic() + seconds
+    while True:
+        runs = up.ask("flow_runs/filter", {"flows": {"name": {"any_": ["align"]}}})
+        made = [run for run in runs if (run["created_by"] or {}).get("type") == "AUTOMATION"]
+        made.sort(key=lambda run: str(run["created"]))
+        assert len(made) <= count
+        if len(made) == count and made[-1]["state_type"] != "SCHEDULED":
+            return dict(made[-1])
+        assert time.monotonic() < deadline, [run["state"] for run in made]
+        time.sleep(0.3)
+
+
+def events(up: Up) -> list[dict[str, Any]]:
+    """The events of changed data, newest first; they reach the database in batches."""
+    found: list[dict[str, Any]] = up.ask(
+        "events/filter", {"filter": {"event": {"name": ["dvc.data.changed"]}}}
+    )["events"]
+    return found
+
+
+def change_a_prompt(project: SmallProject, word: str) -> None:
+    """Change a prompt that RL samples from to another one, and have DVC pin it."""
+    rows = project.rows("prompts")
+    row = next(row for row in rows if in_train(row["prompt"]))
+    texts = (f"{row['prompt']} {word} {number}" for number in range(100))
+    row["prompt"] = next(text for text in texts if in_train(text))
+    project.write_rows("prompts", rows)
+    project.dvc("add", "data")
+
+
+def in_train(prompt: str) -> bool:
+    return split_of(prompt_id(json.dumps([{"role": "user", "content": prompt}])), 0.2) == "train"
+
+
+def only_what_depends_on_prompts(steps: dict[str, str]) -> bool:
+    """Whether RL ran, and nothing before it but the preparation of the data."""
+    # A policy that comes out the same to the bit, since RL has not drawn the row, ends it there.
+    rest = {steps.pop("evaluate"), steps.pop("register")}
+    return rest <= {"Completed", "Cached"} and steps == {
+        "prepare_data": "Completed", "base_model": "Cached", "sft": "Cached",
+        "reward_model": "Cached", "rl": "Completed",
+    }  # fmt: skip
+
+
+def changed_data_starts_runs(up: Up, folder: Path) -> None:
+    """Change the data here, badly, and in another clone, and see what `data-watch` makes of it."""
+    assert look(up, "COMPLETED")["state_name"] == "Unchanged"
+
+    # A changed row is announced, and a run starts by itself: only of what depends on it.
+    change_a_prompt(up.project, "again")
+    found = look(up, "COMPLETED")
+    assert found["state_name"] == "Announced", found["state"]
+    run = started_by_itself(up, 1)
+    assert look(up, "COMPLETED")["state_name"] == "Announced before"
+    up.wait(run["id"], "COMPLETED")
+    assert only_what_depends_on_prompts(up.steps(run["id"]))
+    assert run["parameters"]["data_rev"] == read_pin(up.project.root)
+    assert look(up, "COMPLETED")["state_name"] == "Unchanged"
+
+    # An invalid row starts nothing, and the pages say which it is.
+    up.project.write_rows("prompts", [*up.project.rows("prompts"), {"prompt": " "}])
+    up.project.dvc("add", "data")
+    invalid = look(up, "FAILED")
+    assert invalid["state_name"] == "Invalid data"
+    assert "prompts.jsonl:121 prompt: " in invalid["state"]["message"]
+    (page,) = up.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [invalid["id"]]}}})
+    assert "| prompts.jsonl | 121 | prompt | " in page["data"]
+
+    # A commit that somebody else has pushed is announced, whatever is in the work tree here.
+    push_from_elsewhere(up.project, folder)
+    pinned = read_pin(up.project.root)
+    by_hand = up.cli("data", "watch", "--experiment", "tiny", "--ref", "origin/main")
+    assert by_hand["state"] == "announced"
+    run = started_by_itself(up, 2)
+    assert run["parameters"]["data_rev"] == by_hand["rev"] != pinned
+    up.wait(run["id"], "COMPLETED")
+    assert only_what_depends_on_prompts(up.steps(run["id"]))
+    assert read_pin(up.project.root) == pinned
+    assert up.project.rows("prompts")[-1] == {"prompt": " "}
+
+    wait_for(lambda: len(events(up)) == 2, seconds=20)
+    last, first = events(up)
+    assert [change["path"] for change in first["payload"]["files"]] == ["prompts.jsonl"]
+    assert (first["payload"]["source"], last["payload"]["source"]) == ("work tree", "origin/main")
+
+
+def push_from_elsewhere(project: SmallProject, folder: Path) -> None:
+    """Change a prompt in a clone, and push it to a remote that the project has, too."""
+    bare, clone = folder / "bare.git", folder / "clone"
+    project.git("clone", "--quiet", "--bare", ".", str(bare))
+    project.git("remote", "add", "origin", str(bare))
+    project.git("clone", "--quiet", str(bare), str(clone))
+    theirs = type(project)(clone, project.home)
+    theirs.dvc("pull")
+    change_a_prompt(theirs, "elsewhere")
+    theirs.dvc("push")
+    theirs.git("add", "data.dvc", ".dvc-store")
+    theirs.git("commit", "--quiet", "-m", "Other data")
+    theirs.git("push", "--quiet", "origin", "main")
+
+
+@pytest.mark.timeout(1200)
+def test_from_up_to_down(up, tmp_path):
     # A run of the command line is under way, on a server of its own.
     file = up.project.root / "early.json"
     early = up.project.start("run", "tiny", "--json", str(file))
@@ -141,8 +260,9 @@ def test_from_up_to_down(up):
     }  # fmt: skip
     assert said["services"]["prefect"]["url"] == up.prefect
     assert said["services"]["mlflow"]["url"] == up.mlflow
-    (deployment,) = said["deployments"]
+    deployment, watch = said["deployments"]
     assert (deployment["name"], deployment["pool"]) == ("align/tiny", "local")
+    assert (watch["name"], watch["pool"]) == ("data-watch/data-watch", "local")
     assert [s["active"] for s in deployment["schedules"]] == [False]
     assert up.cli("status")["services"] == said["services"]
     assert {pool["name"] for pool in up.ask("work_pools/filter", {})} == {"local", "gpu"}
@@ -198,19 +318,24 @@ def test_from_up_to_down(up):
     nightly = up.deployment()["schedules"][0]
     path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
     up.ask(path, {"active": True}, method="PATCH")
-    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + SECOND + SWEEP)
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH + SECOND + SWEEP)
     (up.project.root / "params" / "two.yaml").write_text(TWO)
+    (automation,) = up.ask("automations/filter", {})
+    up.ask(f"automations/{automation['id']}", {"enabled": False}, method="PATCH")
     psutil.Process(said["services"]["mlflow"]["pid"]).kill()
     after = up.cli("up")
     assert after["services"]["prefect"] == said["services"]["prefect"]
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
-    assert [one["name"] for one in after["deployments"]] == [
-        "align/second", "align/tiny", "sweep/sweep",
-    ]  # fmt: skip
+    names = ["align/second", "align/tiny", "data-watch/data-watch", "sweep/sweep"]
+    assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
+    assert [one["enabled"] for one in up.ask("automations/filter", {})] == [False]
+    up.ask(f"automations/{automation['id']}", {"enabled": True}, method="PATCH")
+
+    changed_data_starts_runs(up, tmp_path)
 
     # A run that is cancelled in the UI saves its state, before Prefect would kill it.
     cancelled = start_long(up)

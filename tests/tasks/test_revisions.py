@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from plumbline.errors import DataError, PlumblineError
+from plumbline.errors import DataError, ParamsError, PlumblineError
 from tasks.data_version import file_hashes, read_pin
-from tasks.revisions import commit_with_pin, has_commit, pin_at, write_data, write_tree
+from tasks.revisions import (
+    commit_with_pin,
+    fetch_commit,
+    has_commit,
+    pin_at,
+    write_data,
+    write_tree,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -127,3 +134,45 @@ def test_damaged_data_is_an_error(project, tmp_path):
 
     with pytest.raises(DataError, match="is damaged"):
         write_data(project.root, head(project), read_pin(project.root), tmp_path)
+
+
+# Git refs.
+
+
+def test_a_remote_s_branch_is_fetched_and_the_working_tree_stays(project, tmp_path):
+    bare, other = tmp_path / "bare.git", tmp_path / "other"
+    git(project.root, "clone", "--quiet", "--bare", ".", str(bare))
+    git(project.root, "remote", "add", "origin", str(bare))
+    git(tmp_path, "clone", "--quiet", str(bare), str(other))
+    git(other, "commit", "--quiet", "--allow-empty", "-m", "Elsewhere")
+    git(other, "push", "--quiet", "origin", "main")
+    here = head(project)
+    (project.root / "params" / "tiny.yaml").write_text("seed: 7\n")
+    before = {name: text for name, text in contents(project.root).items() if ".git/" not in name}
+
+    there = fetch_commit(project.root, "origin/main")
+
+    assert there == git(other, "rev-parse", "HEAD").strip() != here
+    assert fetch_commit(project.root, "main") == here == head(project)
+    after = {name: text for name, text in contents(project.root).items() if ".git/" not in name}
+    assert after == before
+
+
+def test_a_branch_a_tag_and_a_commit_are_refs(project):
+    git(project.root, "tag", "v1")
+
+    refs = ("main", "v1", "HEAD", head(project), head(project)[:10])
+    assert {fetch_commit(project.root, ref) for ref in refs} == {head(project)}
+
+
+@pytest.mark.parametrize("ref", ["mian", "origin/main", "--all", "-v", "", "main --all"])
+def test_a_ref_that_is_none_is_named_with_the_branches_there_are(project, ref):
+    with pytest.raises(ParamsError, match=r"ref: expected a branch.*Branches: main"):
+        fetch_commit(project.root, ref)
+
+
+def test_a_remote_that_can_t_be_reached_is_an_error(project, tmp_path):
+    git(project.root, "remote", "add", "origin", str(tmp_path / "nowhere"))
+
+    with pytest.raises(DataError, match="See what `git fetch origin` says"):
+        fetch_commit(project.root, "origin/main")
