@@ -41,6 +41,10 @@ SECOND = """\
     entrypoint: flows.deployments.align
     parameters: {experiment: tiny}
     work_pool: {name: local}
+  - name: promote
+    entrypoint: flows.promote.promote
+    enforce_parameter_schema: true
+    work_pool: {name: local}
 """
 LONG = {"rl": {"episodes": 4800}}
 """An RL step of some thirty seconds."""
@@ -184,6 +188,19 @@ def refused(call: Callable[[], Any]) -> str:
     return caught.value.read().decode()
 
 
+def approved_promotion(up: Up) -> dict[str, Any]:
+    """A run of the deployment `promote` that was paused, and was told to go on."""
+    deployment = up.ask("deployments/name/promote/promote")
+    path = f"deployments/{deployment['id']}/create_flow_run"
+    assert "less than" in refused(lambda: up.ask(path, {"parameters": {"threshold": 1}}))
+    run = up.ask(path, {"parameters": {"threshold": 0}})["id"]
+    up.wait(run, "PAUSED")
+    answer = {"run_input": {"promote": True, "by": "Ann"}}
+    # The form is there a moment after the state.
+    wait_for(lambda: up.ask(f"flow_runs/{run}/resume", answer)["status"] == "ACCEPT")
+    return up.wait(run, "COMPLETED")
+
+
 def query(up: Up, sql: str) -> list[Any]:
     database = up.project.home / "prefect" / "prefect.db"
     with closing(sqlite3.connect(database, timeout=30)) as connection:
@@ -269,9 +286,13 @@ def test_from_up_to_down(up):
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
-    assert [one["name"] for one in after["deployments"]] == ["align/second", "align/tiny"]
+    names = ["align/second", "align/tiny", "promote/promote"]
+    assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
+
+    # A promotion waits on its page for a person, whose word comes through the API.
+    assert approved_promotion(up)["state_name"] == "Promoted"
 
     # A run that is cancelled in the UI saves its state, before Prefect would kill it.
     cancelled = start_long(up)
