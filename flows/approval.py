@@ -16,6 +16,8 @@ from rich.console import Console
 from flows.promotion_summary import Promotion, markdown, show_comparison
 
 SECONDS_BETWEEN_LOOKS = 2
+NOBODY = "nobody"
+"""Who decided where nobody answered."""
 
 
 class Approval(NamedTuple):
@@ -54,7 +56,7 @@ def form(hours: float) -> Ask:
             )
         except FlowPauseTimeout:
             _go_on()
-            return Approval(False, "nobody", f"nobody answered within {_span(hours)}")
+            return Approval(False, NOBODY, f"nobody answered within {_span(hours)}")
         return Approval(answer.promote, answer.by, answer.note)
 
     return ask

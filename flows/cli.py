@@ -373,7 +373,7 @@ def promote(
             _write_json(json_file, found.model_dump(mode="json"))
         from flows.promotion_summary import show
 
-        show(out, found)
+        show(out, found, shown=ask and found.approved is not None)
         if found.outcome == "refused":
             raise typer.Exit(FAILED)
 

@@ -12,7 +12,7 @@ from prefect.context import TagsContext
 from prefect.states import Completed
 from rich.console import Console
 
-from flows.approval import Ask, terminal
+from flows.approval import NOBODY, Ask, terminal
 from flows.gpu import gpu_slot
 from flows.matching import Match, Settled, find_match
 from flows.promotion_summary import Promotion, Sample, WinRate, markdown, nothing_to_do
@@ -187,19 +187,13 @@ def _meet(
 def _asked(found: Promotion, ask: Ask) -> Promotion:
     """What a person makes of it."""
     approval = ask(found)
+    found = found.model_copy(update={"approved": approval.granted, "by": approval.by, "at": _now()})
     note = f" ({approval.note})" if approval.note else ""
     if approval.granted:
         reason = f"{found.reason} Approved by {approval.by}{note}."
-        return found.model_copy(update={"reason": reason, "by": approval.by, "at": _now()})
-    said = f"{approval.note}" if approval.by == "nobody" else f"{approval.by} declined{note}"
-    return found.model_copy(
-        update={
-            "outcome": "refused",
-            "reason": f"{found.reason} But {said}.",
-            "by": approval.by,
-            "at": _now(),
-        }
-    )
+        return found.model_copy(update={"reason": reason})
+    said = approval.note if approval.by == NOBODY else f"{approval.by} declined{note}"
+    return found.model_copy(update={"outcome": "refused", "reason": f"{found.reason} But {said}."})
 
 
 def _settle(project: Project, match: Match, found: Promotion) -> Promotion:

@@ -59,6 +59,8 @@ class Promotion(BaseModel):
     prompts: int | None = None
     by: str | None = None
     """Who decided."""
+    approved: bool | None = None
+    """What a person said; None where nobody was asked."""
     at: str | None = None
     """When it was decided, UTC."""
     notes: list[str] = []
@@ -130,10 +132,10 @@ def compared(found: Promotion) -> list[tuple[str, str, str]]:
     ]
 
 
-def show(console: Console, found: Promotion) -> None:
-    """Print the decision, and what it rests on."""
+def show(console: Console, found: Promotion, *, shown: bool = False) -> None:
+    """Print the decision, and what it rests on unless that was shown."""
     colours = {"promoted": "green", "refused": "yellow", "nothing to do": "green"}
-    if found.win_rate is not None:
+    if found.win_rate is not None and not shown:
         show_comparison(console, found)
     said = Text.assemble((found.outcome, f"bold {colours[found.outcome]}"), f": {found.reason}")
     console.print(said, soft_wrap=True)

@@ -40,13 +40,14 @@ def serve_model(
     try:
         # Taken before the imports: whoever asks before the model is loaded waits in line.
         with listen(Address(HOST, port), "--port") as listener:
-            from tasks.progress import quiet_libraries
             from tasks.registry import need_version
+
+            version = need_version(name, otherwise(name))
+            say(f"loading {version.called} …")
+            from tasks.progress import quiet_libraries
             from tasks.scoring import scoring_app
 
             quiet_libraries()
-            version = need_version(name, _otherwise(name))
-            say(f"loading {version.called} …")
             app = scoring_app(version, temperature=temperature, max_tokens=max_tokens, seed=seed)
             url = f"http://{HOST}:{port}"
             say(f"{version.called} answers at {url}/invocations; Ctrl-C ends it.")
@@ -57,7 +58,8 @@ def serve_model(
         say("ended")
 
 
-def _otherwise(name: str) -> str:
+def otherwise(name: str) -> str:
+    """What to do where there is no such version."""
     if name.rpartition("@")[2] == "champion":
         return (
             "`plumbline promote` makes the challenger the champion; `plumbline serve challenger` "

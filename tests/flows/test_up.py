@@ -192,7 +192,7 @@ def approved_promotion(up: Up) -> dict[str, Any]:
     """A run of the deployment `promote` that was paused, and was told to go on."""
     deployment = up.ask("deployments/name/promote/promote")
     path = f"deployments/{deployment['id']}/create_flow_run"
-    assert "less than" in refused(lambda: up.ask(path, {"parameters": {"threshold": 1}}))
+    assert "maximum of 1" in refused(lambda: up.ask(path, {"parameters": {"threshold": 1}}))
     run = up.ask(path, {"parameters": {"threshold": 0}})["id"]
     up.wait(run, "PAUSED")
     answer = {"run_input": {"promote": True, "by": "Ann"}}
