@@ -67,6 +67,7 @@ def terminal(console: Console) -> Ask:
 
     def ask(found: Promotion) -> Approval:
         show_comparison(console, found)
+        console.print(found.reason, markup=False, highlight=False, soft_wrap=True)
         try:
             answer = input(f"Promote version {found.challenger}? [y/N] ").strip().lower()
         except EOFError:

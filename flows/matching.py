@@ -97,7 +97,7 @@ def find_match(project: Project, challenger: str) -> Match | Settled:
             "challenger's own run recorded."
         )
         if evaluation.scorer == "reward model":
-            notes.append("The reward model scored, which the training may have followed.")
+            notes.append("The reward model scored, and it favours what was trained against it.")
     else:
         earlier = past_runs.find_run(champion.run_id)
         unfair = why_unfair(evaluation.scorer, run, earlier)

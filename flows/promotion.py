@@ -110,17 +110,18 @@ def judge(match: Match, threshold: float, met: EvaluationRef | None) -> Promotio
         wins = read
     better = passes(wins, threshold)
     says = "is above" if better else "is not above"
+    count = met.metrics["contest/prompts"] if met else match.run.metrics.get("eval/prompts", 0)
+    win_rate = WinRate(**wins._asdict())
     reason = (
-        f"version {match.challenger.number} wins {wins.mean:.3f} [{wins.low:.3f}, {wins.high:.3f}] "
-        f"against {match.opponent} by the {match.evaluation.scorer}, and the lower end {says} the "
+        f"Version {match.challenger.number} has a win rate of {win_rate} over {match.opponent} on "
+        f"{count:.0f} held-out prompts, by the {match.evaluation.scorer}. Its lower end {says} the "
         f"threshold {threshold:g}."
     )
     found = _promotion(match, threshold, "promoted" if better else "refused", reason)
-    prompts = met.metrics["contest/prompts"] if met else match.run.metrics.get("eval/prompts", 0)
     return found.model_copy(
         update={
-            "win_rate": WinRate(**wins._asdict()),
-            "prompts": int(prompts),
+            "win_rate": win_rate,
+            "prompts": int(count),
             "metrics": met.metrics if met else {},
             "samples": [Sample.model_validate(row) for row in read_samples(met)] if met else [],
         }
@@ -217,14 +218,13 @@ def _record(tracked: tracking.StepRun, match: Match, found: Promotion) -> None:
         "promotion.outcome": found.outcome,
         "promotion.reason": found.reason,
         "promotion.against": match.opponent,
+        "promotion.win_rate": str(found.win_rate or "none"),
         "promotion.scorer": match.evaluation.scorer,
         "promotion.threshold": f"{found.threshold:g}",
         "promotion.by": str(found.by),
         "promotion.at": str(found.at),
         "promotion.run_id": tracked.run_id,
     }
-    if found.win_rate is not None:
-        tags["promotion.win_rate"] = str(found.win_rate)
     tag_version(match.challenger, tags)
     # Without samples: a tag holds 8,000 characters.
     brief = markdown(found.model_copy(update={"samples": []}))

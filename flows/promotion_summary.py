@@ -69,16 +69,6 @@ class Promotion(BaseModel):
     mlflow_run_id: str | None = None
     prefect_flow_run_id: str | None = None
 
-    @property
-    def headline(self) -> str:
-        """Who met whom, on how many prompts, and with what result."""
-        opponent = f"version {self.champion}" if self.champion else "the SFT model of its run"
-        return (
-            f"Version {self.challenger} of {self.model} against {opponent}: win rate "
-            f"{self.win_rate} on {self.prompts} held-out prompts by the {self.scorer}; its lower "
-            f"end has to be above {self.threshold:g}."
-        )
-
 
 def nothing_to_do(settled: Settled) -> Promotion:
     """The outcome where no contest is needed."""
@@ -94,9 +84,11 @@ def nothing_to_do(settled: Settled) -> Promotion:
 def markdown(found: Promotion) -> str:
     """The comparison on a page: numbers, what to know of them, answers to the same prompts."""
     lines = [f"# {found.model}: version {found.challenger}", "", found.reason]
-    if found.win_rate is not None:
-        lines += ["", *numbers(found)]
-    lines += ["", *(f"- {note}" for note in found.notes)]
+    if rows := compared(found):
+        lines += ["", "| | champion | challenger |", "|---|---:|---:|"]
+        lines += [f"| {label} | {theirs} | {ours} |" for label, theirs, ours in rows]
+    if found.notes:
+        lines += ["", *(f"- {note}" for note in found.notes)]
     if found.samples:
         lines += ["", "| prompt | champion | challenger |", "|---|---|---|"]
         lines += [
@@ -105,15 +97,6 @@ def markdown(found: Promotion) -> str:
             for one in found.samples[:SHOWN_SAMPLES]
         ]
     return "\n".join(lines) + "\n"
-
-
-def numbers(found: Promotion) -> list[str]:
-    """The comparison in numbers, as lines of Markdown."""
-    lines = [found.headline]
-    if rows := compared(found):
-        lines += ["", "| | champion | challenger |", "|---|---:|---:|"]
-        lines += [f"| {label} | {theirs} | {ours} |" for label, theirs, ours in rows]
-    return lines
 
 
 def compared(found: Promotion) -> list[tuple[str, str, str]]:
@@ -161,8 +144,8 @@ def show_comparison(console: Console, found: Promotion) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for text in (found.headline, *found.notes):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cell(text: str) -> str:

@@ -70,7 +70,9 @@ def test_a_reward_model_of_unknown_content_is_nobodys() -> None:
 def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
     found = judge(match(Interval(0.7, 0.6, 0.8)), 0.5, None)
     assert (found.outcome, found.champion, found.prompts) == ("promoted", None, 16)
-    assert "wins 0.700 [0.600, 0.800] against the SFT model of its run" in found.reason
+    assert (
+        "0.700 [0.600, 0.800] over the SFT model of its run on 16 held-out prompts" in found.reason
+    )
     refused = judge(match(Interval(0.7, 0.6, 0.8)), 0.6, None)
     assert refused.outcome == "refused"
     assert "is not above the threshold 0.6" in refused.reason
