@@ -195,6 +195,7 @@ def approved_promotion(up: Up) -> dict[str, Any]:
     assert "maximum of 1" in refused(lambda: up.ask(path, {"parameters": {"threshold": 1}}))
     run = up.ask(path, {"parameters": {"threshold": 0}})["id"]
     up.wait(run, "PAUSED")
+    assert [one["state"] for one in up.cli("status")["runs"]] == ["Paused"]
     answer = {"run_input": {"promote": True, "by": "Ann"}}
     # The form is there a moment after the state.
     wait_for(lambda: up.ask(f"flow_runs/{run}/resume", answer)["status"] == "ACCEPT")
