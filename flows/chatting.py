@@ -1,45 +1,36 @@
-"""Talking to a registered model."""
+"""Talking to a registered model that is loaded here."""
 
-import json
 from collections.abc import Callable
 
-import torch
-
-from plumbline.data.tokenize import ChatEncoder
-from plumbline.models.load import load_tokenizer
-from plumbline.rollout.generate import sample_responses
-from tasks import model_store
+from plumbline.errors import DataError
 from tasks.progress import quiet_libraries
+from tasks.registry import full_name
+from tasks.talker import Talker
 
 
 def open_chat(name: str, *, temperature: float, max_tokens: int, seed: int) -> Callable[[str], str]:
-    """Load NAME@ALIAS or NAME/VERSION; returns a function from a request to an answer.
+    """Load a model; returns a function from a request to an answer.
+
+    Args:
+        name: NAME@ALIAS or NAME/NUMBER, or an alias or number of `plumbline-policy`.
+        temperature: divides the logits.
+        max_tokens: the longest answer.
+        seed: of the sampling.
 
     Raises:
         ParamsError: the registry has no such model.
     """
     quiet_libraries()
-    folder = model_store.registered_folder(name)
-    model = model_store.open_policy(folder).eval()
-    encoder = ChatEncoder(load_tokenizer(folder / "components" / "tokenizer"))
-    generator = torch.Generator().manual_seed(seed)
+    talker = Talker(full_name(name))
+    generator = talker.generator(seed)
 
     def answer(request: str) -> str:
-        prompt = json.dumps([{"role": "user", "content": request}])
-        queries = encoder.prompts([prompt])
-        context = int(getattr(model.config, "max_position_embeddings", 2**31))
-        room = context - len(queries[0])
-        if room < 1:
-            return f"(Your message has {len(queries[0])} tokens; the model takes {context}.)"
-        responses = sample_responses(
-            model,
-            queries,
-            max_tokens=min(max_tokens, room),
-            stop_token_ids=encoder.stop_token_ids,
-            pad_token_id=encoder.pad_token_id,
-            temperature=temperature,
-            generator=generator,
-        )
-        return encoder.decode(responses.lists())[0]
+        messages = [{"role": "user", "content": request}]
+        try:
+            return talker.reply(
+                messages, temperature=temperature, max_tokens=max_tokens, generator=generator
+            ).text
+        except DataError as error:
+            return f"({error})"
 
     return answer

@@ -53,6 +53,8 @@ Overrides = Annotated[
 ExperimentName = Annotated[str, typer.Argument(help="A file in params/, by name or path.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 Refresh = Annotated[list[str], typer.Option(metavar="STEP", help="Run this step again.")]
+Temperature = Annotated[float, typer.Option(min=0.01, help="Divides the logits.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 AllowDirty = Annotated[
     bool, typer.Option("--allow-dirty", help="Accept data that differs from data.dvc.")
 ]
@@ -297,20 +299,39 @@ def experiments() -> None:
 @app.command()
 def chat(
     model: Annotated[
-        str, typer.Argument(help="Registered model with an alias or version: NAME@ALIAS, NAME/3.")
-    ] = "plumbline-policy@challenger",
-    temperature: Annotated[float, typer.Option(min=0.01, help="Divides the logits.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+        str | None,
+        typer.Argument(
+            show_default="challenger",
+            help="Registered model to load: NAME@ALIAS, NAME/3, or an alias of plumbline-policy.",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to what `plumbline serve` serves there, and load nothing."),
+    ] = None,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a trained model; an empty line or Ctrl-D ends."""
     with _errors_as_exit_codes():
+        if url and model:
+            raise ParamsError(f"expected a model or --url, got both: {model} and {url}")
         _project()
-        err.print("[dim]loading …[/dim]")
-        from flows.chatting import open_chat
         from flows.closing import plain
 
-        answer = open_chat(model, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        speaker = "model" if url else model or "plumbline-policy@challenger"
+        if url:
+            from flows.remote_chat import open_remote_chat
+
+            answer = open_remote_chat(
+                url, temperature=temperature, max_tokens=max_tokens, seed=seed
+            )
+        else:
+            err.print("[dim]loading …[/dim]")
+            from flows.chatting import open_chat
+
+            answer = open_chat(speaker, temperature=temperature, max_tokens=max_tokens, seed=seed)
         while True:
             try:
                 text = input("you> " if sys.stdin.isatty() else "").strip()
@@ -318,7 +339,64 @@ def chat(
                 break
             if not text:
                 break
-            out.print(Text.assemble((f"{model}> ", "bold"), plain(answer(text))))
+            out.print(Text.assemble((f"{speaker}> ", "bold"), plain(answer(text))))
+
+
+@app.command()
+def promote(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHALLENGER", help="NAME@ALIAS, NAME/3, or an alias of plumbline-policy."
+        ),
+    ] = "challenger",
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.999, help="The lower end of the win rate's interval has to be above it."
+        ),
+    ] = 0.5,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Show the comparison and ask before promoting.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Let a version meet the champion on held-out prompts; if it is better, it takes the place."""
+    with _errors_as_exit_codes(), terminable():
+        project = _project()
+        _check_writable(json_file)
+        make_home(project.home)
+        from flows.promoting import run_promotion
+
+        found = run_promotion(project, err, model, threshold, ask=ask)
+        if json_file:
+            _write_json(json_file, found.model_dump(mode="json"))
+        from flows.promotion_summary import show
+
+        show(out, found, shown=ask and found.approved is not None)
+        if found.outcome == "refused":
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="ALIAS", help="An alias of plumbline-policy, NAME@ALIAS, or NAME/3."
+        ),
+    ] = "champion",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 5001,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Serve a model by MLflow's scoring server, for this machine alone, until Ctrl-C."""
+    with _errors_as_exit_codes(), terminable():
+        make_home(_project().home)
+        from flows.serving import serve_model
+
+        serve_model(model, port, _say, temperature=temperature, max_tokens=max_tokens, seed=seed)
 
 
 @data_app.command("check")

@@ -36,7 +36,7 @@ from plumbline.project import Project
 
 GPU_LIMIT = "gpu"
 PAGE = 200
-UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 
 
 class Pool(NamedTuple):

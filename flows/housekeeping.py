@@ -152,8 +152,8 @@ def read_store(project: Project) -> Inventory:
 
 
 def running(stored: Inventory) -> list[str]:
-    """Pipelines that have not ended, and sweeps, which will start more."""
-    kinds = ("pipeline", "sweep")
+    """Pipelines and promotions that have not ended, and sweeps, which will start more."""
+    kinds = ("pipeline", "sweep", "promotion")
     return [run.run_id for run in stored.runs if run.kind in kinds and run.status == "RUNNING"]
 
 

@@ -6,9 +6,8 @@ from typing import Any, cast
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 
-from plumbline.params.schema import StepName
 from tasks.faults import RETRY_DELAYS, can_retry
-from tasks.keys import cache_key, ingredients
+from tasks.keys import Cached, cache_key, ingredients
 
 NOT_IN_THE_KEY = ("run",)
 """Arguments of a task that can't change its result."""
@@ -25,7 +24,7 @@ class StepCache(CachePolicy):
         flow_parameters: dict[str, Any],
         **kwargs: Any,
     ) -> str | None:
-        step = cast(StepName, task_ctx.task.name)
+        step = cast(Cached, task_ctx.task.name)
         arguments = {k: v for k, v in inputs.items() if k not in NOT_IN_THE_KEY}
         return cache_key(step, ingredients(step, arguments))
 

@@ -15,7 +15,7 @@ class StoredRun(NamedTuple):
 
     run_id: str
     kind: str
-    """pipeline, step or sweep; empty of a run that is none of this project's."""
+    """pipeline, step, sweep or promotion; empty of a run that is none of this project's."""
     status: str
     started: int
     """Milliseconds since 1970."""

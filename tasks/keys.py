@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -20,15 +20,19 @@ from plumbline.project import Project, find_project
 from plumbline.refs import DataVersion, Ref, SplitRef
 from tasks.sources import code_fingerprint, function_fingerprint
 
-SECTIONS: dict[StepName, str] = {
+Cached = StepName | Literal["contest"]
+"""What has a cache key: the steps of an experiment, and the contest of two registered versions."""
+
+SECTIONS: dict[Cached, str] = {
     "prepare_data": "data",
     "base_model": "model",
     "judge": "reward_model",
     "register": "registry",
+    "contest": "evaluate",
 }
 """The params section of a step, where it is not called like the step."""
 
-NOT_READ: dict[StepName, tuple[str, ...]] = {
+NOT_READ: dict[Cached, tuple[str, ...]] = {
     # The flow points the alias, also where the step comes from the cache.
     "register": ("registry.alias",),
 }
@@ -62,7 +66,7 @@ class Ingredients(NamedTuple):
         return None not in self.inputs.values()
 
 
-def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
+def ingredients(step: Cached, arguments: Mapping[str, Any]) -> Ingredients:
     """Sort a step's arguments into params and inputs, and add the code it reaches.
 
     Raises:
@@ -97,7 +101,7 @@ def ingredients(step: StepName, arguments: Mapping[str, Any]) -> Ingredients:
     return Ingredients(params, inputs, code)
 
 
-def cache_key(step: StepName, parts: Ingredients) -> str:
+def cache_key(step: Cached, parts: Ingredients) -> str:
     """The name of a step's result: the step, then the sha256 of what it depends on."""
     text = json.dumps(parts._asdict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"{step}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"

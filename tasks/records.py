@@ -20,9 +20,9 @@ from plumbline.refs import (
     folder_digest,
     listing_digest,
 )
-from tasks.keys import Ingredients
+from tasks.keys import Cached, Ingredients
 
-RESULT_TYPES: dict[StepName, type[StepResult]] = {
+RESULT_TYPES: dict[Cached, type[StepResult]] = {
     "prepare_data": PreparedData,
     "base_model": ModelRef,
     "sft": ModelRef,
@@ -32,6 +32,7 @@ RESULT_TYPES: dict[StepName, type[StepResult]] = {
     "dpo": ModelRef,
     "evaluate": EvaluationRef,
     "register": RegistrationRef,
+    "contest": EvaluationRef,
 }
 
 SERIALIZER = {
@@ -64,7 +65,7 @@ class Record(NamedTuple):
     made: float
 
 
-def read_result(results: Path, step: StepName, key: str) -> StepResult | None:
+def read_result(results: Path, step: Cached, key: str) -> StepResult | None:
     """The result stored under a key, or None where there is none that can be read.
 
     Only JSON is read; a record that asks for another serializer, decoder or class is no result,
@@ -172,7 +173,7 @@ def _base_faults(folder: Path, hasher: Hasher) -> list[Fault]:
     return model_faults(path, base[1], hasher) if base and path else []
 
 
-def step_of(key: str) -> StepName | None:
+def step_of(key: str) -> Cached | None:
     """The step that a cache key belongs to; None where it is none."""
     return next((step for step in RESULT_TYPES if key.startswith(f"{step}-")), None)
 

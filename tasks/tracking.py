@@ -256,9 +256,29 @@ def sweep_run(
 
     The arguments are those of `start_pipeline`.
     """
+    with _run_of("sweep", name, home, params, tags) as tracked:
+        yield tracked
+
+
+@contextlib.contextmanager
+def promotion_run(
+    name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[StepRun]:
+    """Open the run of a promotion, below which the contest hangs its, and close it in the end.
+
+    The arguments are those of `start_pipeline`.
+    """
+    with _run_of("promotion", name, home, params, tags) as tracked:
+        yield tracked
+
+
+@contextlib.contextmanager
+def _run_of(
+    kind: str, name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[StepRun]:
     experiment_id = _experiment_id(home)
-    run_id = _create_run(experiment_id, name, {**tags, "plumbline.kind": "sweep"}, params)
-    tracked = StepRun(run_id, experiment_id, "sweep")
+    run_id = _create_run(experiment_id, name, {**tags, "plumbline.kind": kind}, params)
+    tracked = StepRun(run_id, experiment_id, kind)
     try:
         yield tracked
         tracked.settle()

@@ -14,6 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 from plumbline.data import sample
+from tasks.talker import Talker
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject, Trained
@@ -99,6 +100,11 @@ def test_adapters_are_merged_on_registering_unless_it_is_declined(
     assert not said.startswith(prompt)
     answers = project.cli("chat", "--max-tokens", "4")
     assert answers.returncode == 0, answers.stderr
+    # What is served is merged as it is loaded.
+    talker = Talker("plumbline-policy@challenger")
+    turns = [{"role": "user", "content": "Why?"}]
+    reply = talker.reply(turns, temperature=1, max_tokens=4, generator=talker.generator(0))
+    assert 1 <= reply.tokens <= 4
 
     merged = project.result("run", *LORA)
     assert [name for name, status in statuses(merged).items() if status == "ran"] == ["register"]

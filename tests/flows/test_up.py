@@ -52,6 +52,10 @@ SECOND = """\
     entrypoint: flows.deployments.align
     parameters: {experiment: tiny}
     work_pool: {name: local}
+  - name: promote
+    entrypoint: flows.promote.promote
+    enforce_parameter_schema: true
+    work_pool: {name: local}
 """
 SWEEP = """\
   - name: sweep
@@ -129,6 +133,20 @@ def refused(call: Callable[[], Any]) -> str:
         call()
     assert caught.value.code in (409, 422)
     return caught.value.read().decode()
+
+
+def approved_promotion(up: Up) -> dict[str, Any]:
+    """A run of the deployment `promote` that was paused, and was told to go on."""
+    deployment = up.ask("deployments/name/promote/promote")
+    path = f"deployments/{deployment['id']}/create_flow_run"
+    assert "maximum of 1" in refused(lambda: up.ask(path, {"parameters": {"threshold": 1}}))
+    run = up.ask(path, {"parameters": {"threshold": 0}})["id"]
+    up.wait(run, "PAUSED")
+    assert [one["state"] for one in up.cli("status")["runs"]] == ["Paused"]
+    answer = {"run_input": {"promote": True, "by": "Ann"}}
+    # The form is there a moment after the state.
+    wait_for(lambda: up.ask(f"flow_runs/{run}/resume", answer)["status"] == "ACCEPT")
+    return up.wait(run, "COMPLETED")
 
 
 def query(up: Up, sql: str) -> list[Any]:
@@ -328,7 +346,9 @@ def test_from_up_to_down(up, tmp_path):
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
-    names = ["align/second", "align/tiny", "data-watch/data-watch", "sweep/sweep"]
+    names = [
+        "align/second", "align/tiny", "data-watch/data-watch", "promote/promote", "sweep/sweep",
+    ]  # fmt: skip
     assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
     up.ask(path, {"active": False}, method="PATCH")
@@ -336,6 +356,9 @@ def test_from_up_to_down(up, tmp_path):
     up.ask(f"automations/{automation['id']}", {"enabled": True}, method="PATCH")
 
     changed_data_starts_runs(up, tmp_path)
+
+    # A promotion waits on its page for a person, whose word comes through the API.
+    assert approved_promotion(up)["state_name"] == "Promoted"
 
     # A run that is cancelled in the UI saves its state, before Prefect would kill it.
     cancelled = start_long(up)

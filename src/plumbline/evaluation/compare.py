@@ -57,7 +57,9 @@ class RepeatedScores(NamedTuple):
     judge: np.ndarray | None
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Responses to some of the prompts."""
+
     prompts: Sequence[str]
     responses: Responses
     sequences: Sequences
@@ -91,7 +93,7 @@ def answer(
         judge: another reward model, which training did not follow.
     """
     answers = Answers([], [], [], [], [], [], [])
-    for batch in _sample(model, encoder, prompts, sampling, params.batch_size):
+    for batch in sample_batches(model, encoder, prompts, sampling, params.batch_size):
         sequences, mask = batch.sequences, batch.responses.mask
         with torch.no_grad():
             logprobs = response_logprobs(model, sequences, sampling.temperature)
@@ -127,7 +129,7 @@ def answer_repeatedly(
     scores: list[float] = []
     gold_scores: list[float] = []
     judge_scores: list[float] = []
-    for batch in _sample(model, encoder, repeated, sampling, params.batch_size):
+    for batch in sample_batches(model, encoder, repeated, sampling, params.batch_size):
         scores.extend(_scores(reward_model, batch))
         gold_scores.extend(_gold_scores(gold, batch))
         judge_scores.extend(_scores(judge, batch))
@@ -143,13 +145,13 @@ def answer_repeatedly(
     )
 
 
-def _sample(
+def sample_batches(
     model: PreTrainedModel,
     encoder: ChatEncoder,
     prompts: Sequence[str],
     sampling: Sampling,
     batch_size: int,
-) -> Iterator[_Batch]:
+) -> Iterator[Batch]:
     """A response to each prompt, in batches."""
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     for start in range(0, len(prompts), batch_size):
@@ -165,10 +167,10 @@ def _sample(
             generator=generator,
         )
         sequences = Sequences.join(queries, responses, encoder.pad_token_id)
-        yield _Batch(batch, responses, sequences, encoder.decode(responses.lists()))
+        yield Batch(batch, responses, sequences, encoder.decode(responses.lists()))
 
 
-def _scores(model: PreTrainedModel | None, batch: _Batch) -> list[float]:
+def _scores(model: PreTrainedModel | None, batch: Batch) -> list[float]:
     """A scalar model's score of each response."""
     if model is None:
         return []
@@ -176,7 +178,7 @@ def _scores(model: PreTrainedModel | None, batch: _Batch) -> list[float]:
     return scores
 
 
-def _gold_scores(gold: TextScorer | None, batch: _Batch) -> list[float]:
+def _gold_scores(gold: TextScorer | None, batch: Batch) -> list[float]:
     if gold is None:
         return []
     return [gold(*pair) for pair in zip(batch.prompts, batch.texts, strict=True)]
