@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -95,7 +96,10 @@ def test_adapters_are_merged_on_registering_unless_it_is_declined(
     for schema in (described.signature.inputs, described.signature.outputs):
         assert schema.to_dict() == [{"type": "string", "required": True}]
     prompt = "<|user|>Hi!<|end|><|assistant|>"
-    (said,) = mlflow.pyfunc.load_model(str(folder)).predict([prompt])
+    with warnings.catch_warnings():
+        # Of MLflow, about type hints of its own.
+        warnings.simplefilter("ignore", UserWarning)
+        (said,) = mlflow.pyfunc.load_model(str(folder)).predict([prompt])
     assert isinstance(said, str)
     assert not said.startswith(prompt)
     answers = project.cli("chat", "--max-tokens", "4")
