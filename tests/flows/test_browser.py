@@ -42,7 +42,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, HEIGHT, TALL = 1400, 900, 1300
-SIDEBAR, MARGIN = 256, 16
+SIDEBAR, MLFLOW_SIDEBAR, MARGIN = 256, 197, 16
 PATIENCE = 60_000
 """Milliseconds; a page is slow where other tests compute beside it."""
 DEPLOYMENT = """\
@@ -103,8 +103,9 @@ class Shown(NamedTuple):
         page.mouse.move(0, 0)
         picture = Image.open(io.BytesIO(page.screenshot(style=HIDDEN, animations="disabled")))
         boxes = [element.bounding_box() for element in until]
-        bottom = max((box["y"] + box["height"] + MARGIN for box in boxes if box), default=HEIGHT)
-        cropped = picture.crop((left, 0, WIDTH, min(round(bottom), picture.height)))
+        ends = [round(box["y"] + box["height"]) + MARGIN for box in boxes if box]
+        bottom = min([max(ends, default=TALL), picture.height])
+        cropped = picture.crop((left, 0, WIDTH, bottom))
         self.pictures.mkdir(parents=True, exist_ok=True)
         cropped.convert("RGB").quantize(256).save(self.pictures / f"{name}.png", optimize=True)
 
@@ -120,7 +121,9 @@ def shown(
     if pictures is None:
         (project.root / "prefect.yaml").write_text(DEPLOYMENT)
     else:
-        shutil.rmtree(project.root)
+        # MLflow shows the folder's name.
+        project.root = project.root.with_name("plumbline")
+        project.home = project.root / ".plumbline"
         subprocess.run(["git", "clone", "--quiet", ROOT, project.root], check=True)
     with serve(project) as up:
         up.cli("up", *up.options)
@@ -252,12 +255,13 @@ def test_the_page_of_a_run_shows_steps_and_artifacts(shown, second, page):
 
     page.get_by_role("tab", name="Task Runs").click()
     steps = page.get_by_role("tabpanel").get_by_role("listitem")
-    for step in STEPS:
+    # The newest stands first.
+    for step in reversed(STEPS):
         step_run = steps.filter(has=page.get_by_role("link", name=re.compile(f"^{step}-")))
         state = "Completed" if step in AFTER_KL_COEF else "Cached"
         expect(step_run.first).to_contain_text(state)
     page.wait_for_timeout(GRAPH_SETTLES if shown.pictures else 0)
-    shown.save("run-page", page, page.get_by_text("Items per page"), left=SIDEBAR)
+    shown.save("run-page", page, step_run.first, left=SIDEBAR)
 
     page.get_by_role("tab", name="Artifacts").click()
     artifacts = page.get_by_role("tabpanel", name="Artifacts")
@@ -272,9 +276,10 @@ def test_the_page_of_a_run_shows_steps_and_artifacts(shown, second, page):
     page.goto(f"{shown.up.prefect}/v2/artifacts/artifact/{found['report']['id']}")
     report = page.get_by_role("tabpanel")
     expect(report.get_by_role("cell", name="win rate over SFT")).to_be_visible()
-    for figure in report.get_by_role("img").all():
-        assert is_drawn(figure)
-    shown.save("report", page, left=SIDEBAR)
+    figures = report.get_by_role("img").all()
+    assert figures
+    assert all(is_drawn(figure) for figure in figures)
+    shown.save("report", page, figures[0], left=SIDEBAR)
 
 
 def is_drawn(image: Locator) -> bool:
@@ -295,7 +300,7 @@ def test_mlflow_shows_the_curves_of_an_rl_step(shown, second, page):
         # A line from one point to another.
         line = chart.locator("path.js-line").first
         expect(line).to_have_attribute("d", re.compile(r"^M[-\d.,]+L"))
-    shown.save("mlflow-curves", page, charts.first)
+    shown.save("mlflow-curves", page, charts.first, left=MLFLOW_SIDEBAR)
 
 
 def test_mlflow_compares_two_runs(shown, first, second, page):
@@ -320,4 +325,4 @@ def test_mlflow_compares_two_runs(shown, first, second, page):
     expect(metrics.get_by_role("link", name="eval/policy/kl", exact=True)).to_be_visible()
     expect(metrics.get_by_role("link", name="sft/", exact=False)).to_have_count(0)
     page.get_by_role("button", name="Visualizations").click()
-    shown.save("mlflow-compare", page)
+    shown.save("mlflow-compare", page, metrics, left=MLFLOW_SIDEBAR)
