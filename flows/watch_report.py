@@ -35,11 +35,15 @@ def sentence(found: Found) -> str:
                 f"already (event {found.event}). With `again` it is announced once more."
             )
     kinds = [change.change for change in found.files]
-    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-    files = f"{', '.join(counts)} of {found.dataset}'s files"
-    since = f"since {trained}" if found.trained else "(no run was trained yet)"
-    told = "; announced" if found.state == "announced" else ""
-    return f"{where} differs {since}: {files}{told}."
+    files = ", ".join(_count(kinds.count(kind), f"file {kind}") for kind in dict.fromkeys(kinds))
+    told = " It was announced." if found.state == "announced" else ""
+    since = f"from what {trained} was trained on" if found.trained else "since nothing was trained"
+    return f"{where} differs {since}: in {found.dataset}, {files}.{told}"
+
+
+def _count(number: int, what: str) -> str:
+    noun, _, rest = what.partition(" ")
+    return f"{number} {noun}{'' if number == 1 else 's'} {rest}".rstrip()
 
 
 def artifact_key(experiment: str) -> str:
@@ -59,11 +63,11 @@ def page(found: Found) -> str:
     lines += ["", "| file | change | md5 before | md5 now | rows before | rows now |"]
     lines += ["|---|---|---|---|---:|---:|"]
     lines += [_row(*_cells(change)) for change in found.files[:SHOWN_FILES]]
-    lines += _left_out(len(found.files) - SHOWN_FILES, "files")
+    lines += _left_out(len(found.files) - SHOWN_FILES, "file")
     lines += ["", "| step | | because |", "|---|---|---|"]
     lines += [_row(name, step.action, step.because) for name, step in found.steps.items()]
     if found.set_aside:
-        lines += ["", f"The run sets {len(found.set_aside)} rows aside."]
+        lines += ["", f"The run sets {_count(len(found.set_aside), 'row')} aside."]
     return "\n".join(lines) + "\n"
 
 
@@ -71,18 +75,21 @@ def invalid_page(experiment: str, ref: str, failures: Sequence[Failure]) -> str:
     """The rules that changed data breaks, in Markdown."""
     where = f"data.dvc of {ref}" if ref else "data.dvc"
     lines = [f"# {_text(experiment)}: the changed data is not valid", ""]
-    lines += [f"{len(failures)} faults in the data of {_text(where)}; nothing was started.", ""]
+    lines += [
+        f"{_count(len(failures), 'fault')} in the data of {_text(where)}; nothing was started.",
+        "",
+    ]
     lines += ["| file | row | field | reason | value |", "|---|---:|---|---|---|"]
     lines += [
         _row(f.file, "" if f.row is None else f.row, f.field or "", f.reason, f.value)
         for f in failures[:SHOWN_FAILURES]
     ]
-    lines += _left_out(len(failures) - SHOWN_FAILURES, "faults")
+    lines += _left_out(len(failures) - SHOWN_FAILURES, "fault")
     return "\n".join(lines) + "\n"
 
 
 def _left_out(count: int, what: str) -> list[str]:
-    return ["", f"… and {count} {what} more."] if count > 0 else []
+    return ["", f"… and {_count(count, what)} more."] if count > 0 else []
 
 
 def _row(*cells: object) -> str:
@@ -123,4 +130,4 @@ def show(console: Console, found: Found) -> None:
     console.print()
     console.print(steps)
     if found.set_aside:
-        console.print(f"The run sets {len(found.set_aside)} rows aside.")
+        console.print(f"The run sets {_count(len(found.set_aside), 'row')} aside.")

@@ -242,6 +242,9 @@ def changed_data_starts_runs(up: Up, folder: Path) -> None:
     assert read_pin(up.project.root) == pinned
     assert up.project.rows("prompts")[-1] == {"prompt": " "}
 
+    up.project.git("checkout", "--quiet", "data.dvc")
+    up.project.dvc("checkout", "--force", "data.dvc")
+
     wait_for(lambda: len(events(up)) == 2, seconds=20)
     last, first = events(up)
     assert [change["path"] for change in first["payload"]["files"]] == ["prompts.jsonl"]

@@ -104,6 +104,7 @@ def test_a_change_is_announced_once_with_the_files_that_differ(watched):
 
     assert found.state == "announced"
     assert found.event == "event 1"
+    assert sentence(found).endswith("in data/sample, 1 file changed. It was announced.")
     assert (found.rev, found.digest) == (new.rev, new.digest)
     (change,) = found.files
     assert change.model_dump() == {
@@ -161,7 +162,9 @@ def test_a_first_run_is_a_change_too(watched):
     assert found.state == "announced"
     assert found.trained is None
     assert {change.change for change in found.files} == {"added"}
-    assert "no run was trained yet" in sentence(found)
+    assert "data.dvc differs since nothing was trained: in data/sample, 3 files added." in sentence(
+        found
+    )
 
 
 def test_a_run_under_way_on_that_data_is_enough(watched):
@@ -207,7 +210,7 @@ def test_rows_that_the_experiment_sets_aside_are_counted(watched):
 
     assert found.state == "announced"
     assert [(row["file"], row["row"]) for row in found.set_aside] == [("prompts.jsonl", 121)]
-    assert "sets 1 rows aside" in page(found)
+    assert "sets 1 row aside" in page(found)
 
 
 def test_a_commit_of_a_remote_counts_and_the_working_tree_stays(watched, tmp_path):
@@ -303,7 +306,7 @@ def test_a_page_shows_rows_as_they_are():
     assert "<" not in row
     assert "`" not in row
     assert "#c" not in row
-    assert "1 faults in the data of data.dvc of origin/main; nothing was started." in shown
+    assert "1 fault in the data of data.dvc of origin/main; nothing was started." in shown
 
 
 def test_a_page_of_many_faults_counts_the_rest():
@@ -335,7 +338,9 @@ def test_one_look_by_hand_needs_no_server(project, tmp_path):
     done = watch_by_hand(project, "--json", str(file))
 
     assert done.returncode == 0, done.stderr
-    assert "data.dvc differs (no run was trained yet): 3 added of data/sample's" in done.stdout
+    assert (
+        "data.dvc differs since nothing was trained: in data/sample, 3 files added." in done.stdout
+    )
     assert "Nothing was started. No Prefect server is up." in done.stdout
     assert "`plumbline run tiny`" in done.stdout
     found = json.loads(file.read_bytes())
