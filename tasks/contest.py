@@ -61,19 +61,22 @@ def contest(
         )
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
 
-        def judged(player: ModelRef) -> Judged:
+        def judged(player: ModelRef, before: int) -> Judged:
             # One at a time: two large models need not fit beside each other.
             model = model_store.open_policy(tracking.open_uri(player.uri)).to(device).eval()
             encoder = ChatEncoder(load_tokenizer(model_store.tokenizer_folder(player)))
             score = _scorer(params, scorer, judge, player)
-            return play(model, encoder, held_out, drawn, params.batch_size, score, progress)
+            return play(
+                model, encoder, held_out, drawn, params.batch_size, score,
+                lambda done, total: progress(before + done, 2 * total),
+            )  # fmt: skip
 
         ways = [f"lower evaluate.batch_size, which is {params.batch_size}"]
         with (
             memory_advice("contest", ways if params.batch_size > 1 else []),
             autocast(device, resolve_precision(precision, device)),
         ):
-            ours, theirs = judged(challenger), judged(champion)
+            ours, theirs = judged(challenger, 0), judged(champion, len(held_out))
         metrics = contest_metrics(theirs, ours, params.bootstrap_samples, seed)
         tracked.finals(metrics)
         rows = answer_table(held_out, theirs, ours, params.table_rows)

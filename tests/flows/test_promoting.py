@@ -200,7 +200,15 @@ def approved_flow_run(rivals: Rivals, arguments: dict[str, Any]) -> list[list[st
 
 
 def ask(project: SmallProject, path: str, body: Any) -> Any:
-    return post(f"{project.prefect_api}/{path}", body)
+    """Call Prefect's API; 503 means that its database was locked just then."""
+    for attempt in range(10):
+        try:
+            return post(f"{project.prefect_api}/{path}", body)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or attempt == 9:
+                raise
+            time.sleep(0.5)
+    raise AssertionError("the attempts have an end")
 
 
 def post(url: str, body: Any, **headers: str) -> Any:
