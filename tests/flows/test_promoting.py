@@ -137,7 +137,7 @@ def test_a_challenger_meets_the_champion(rivals: Rivals) -> None:
 def promotion(rivals: Rivals) -> dict[str, Any]:
     """The newest promotion's run."""
     (newest,) = rivals.store.search_runs(
-        [rivals.store.get_experiment_by_name("plumbline").experiment_id],
+        [one.experiment_id for one in rivals.store.search_experiments()],
         "tags.`plumbline.kind` = 'promotion'",
         order_by=["attributes.start_time DESC"],
         max_results=1,
@@ -148,7 +148,7 @@ def promotion(rivals: Rivals) -> dict[str, Any]:
 def below(rivals: Rivals, found: dict[str, Any]) -> dict[str, str]:
     """The tags of the contest below a promotion's run."""
     (contest,) = rivals.store.search_runs(
-        [rivals.store.get_experiment_by_name("plumbline").experiment_id],
+        [one.experiment_id for one in rivals.store.search_experiments()],
         f"tags.`mlflow.parentRunId` = '{found['mlflow_run_id']}'",
     )
     assert contest.data.tags["plumbline.step"] == "contest"
