@@ -29,8 +29,8 @@ from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.live import step_progress
 from tasks.pictures import publish_image
-from tasks.progress import progress_bar
 
 
 @task(name="contest", **step_options)
@@ -49,7 +49,7 @@ def contest(
     asked = {**params.model_dump(), **sampling.model_dump(), "seed": seed, "precision": precision}
     with (
         tracking.step_run(run, "contest", asked) as tracked,
-        progress_bar("contest", "answers") as progress,
+        step_progress(tracked, "answers") as progress,
     ):
         held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
         tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "evaluation")
