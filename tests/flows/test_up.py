@@ -310,7 +310,7 @@ def push_from_elsewhere(project: SmallProject, folder: Path) -> None:
     theirs.git("push", "--quiet", "origin", "main")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_from_up_to_down(up, tmp_path):
     # A run of the command line is under way, on a server of its own.
     file = up.project.root / "early.json"
