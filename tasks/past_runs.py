@@ -192,7 +192,7 @@ def _past_run(runs: PatientClient, run: Any, store: str | None) -> PastRun:
         if "plumbline.step" in child.data.tags
     }
     bare = _bare(run)
-    return bare._replace(steps=steps, metrics={**bare.metrics, **_all_metrics(runs, bare)})
+    return bare._replace(steps=steps, metrics={**_all_metrics(runs, bare), **bare.metrics})
 
 
 def _all_metrics(runs: PatientClient, run: PastRun) -> dict[str, float]:

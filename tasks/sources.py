@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from plumbline.errors import ParamsError
-from plumbline.functions import split_name
+from plumbline.functions import load_function, split_name
 from plumbline.project import find_project
 
 PACKAGES = ("tasks", "plumbline")
@@ -91,12 +91,14 @@ def note_functions(functions: Mapping[str, str]) -> None:
         functions: as the params name them, each with its field (`Params.functions`).
 
     Raises:
-        ParamsError: the module of one can't be found.
+        ParamsError: one can't be found, or its source can't.
     """
     for function, param in functions.items():
         try:
             function_fingerprint(function)
         except ParamsError as error:
+            # Why it can't be imported, Python says best.
+            load_function(function, param)
             raise ParamsError(f"{param}: {error}") from None
 
 

@@ -276,8 +276,9 @@ def test_the_page_of_a_run_shows_steps_and_artifacts(shown, second, page):
     page.goto(f"{shown.up.prefect}/v2/artifacts/artifact/{found['report']['id']}")
     report = page.get_by_role("tabpanel")
     expect(report.get_by_role("cell", name="win rate over SFT")).to_be_visible()
+    # They are data in the text, and come after it.
+    expect(report.get_by_role("img").first).to_be_visible()
     figures = report.get_by_role("img").all()
-    assert figures
     assert all(is_drawn(figure) for figure in figures)
     shown.save("report", page, figures[0], left=SIDEBAR)
 
