@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +144,8 @@ def _trial(
         after = draw.uniform(0, seconds)
         process = experiment.start(result)
         if _reach(experiment, process, step, steps):
-            time.sleep(after)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(after)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
