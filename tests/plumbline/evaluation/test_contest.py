@@ -103,8 +103,12 @@ def test_prompts_that_outgrow_a_models_context_are_refused(
     lm: PreTrainedModel, encoder: ChatEncoder, prompts: list[str]
 ) -> None:
     too_long = SAMPLING._replace(max_tokens=64)
+
+    def score(prompt: str, text: str) -> float:
+        raise AssertionError("an answer was scored")
+
     with pytest.raises(ParamsError, match=r"a response 64: expected at most 64 together"):
-        play(copy.copy(lm), encoder, prompts, too_long, 5, text_scorer(len), ignore_progress)  # type: ignore[arg-type]
+        play(copy.copy(lm), encoder, prompts, too_long, 5, text_scorer(score), ignore_progress)
 
 
 def test_the_numbers_are_those_of_the_pairs() -> None:
