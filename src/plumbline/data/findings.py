@@ -19,7 +19,7 @@ from plumbline.data.splits import split_of
 
 Numbers = np.ndarray[Any, Any]
 
-FINDINGS: dict[str, str] = {
+FINDINGS: dict[str, Any] = {
     "duplicate_of": "Int64",
     "leaks_to": "str",
     "same_pair": "boolean",
@@ -136,8 +136,9 @@ def find(indexes: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 def with_findings(frame: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     """Canonical rows with a column for each finding, null where there is none."""
+    names = [str(name) for name in found]
     return frame.assign(
-        **{name: frame["row"].map(found[name]).astype(FINDINGS[name]) for name in found}
+        **{name: frame["row"].map(found[name]).astype(FINDINGS[name]) for name in names}
     )
 
 

@@ -187,7 +187,7 @@ def _without_merged(whole: dict[str, Table], cut: Mapping[str, _Cut]) -> dict[st
 def _rows_with(findings: Sequence[str], found: pd.DataFrame, before: pd.DataFrame) -> list[int]:
     """The rows that have one of the findings and did not have it before."""
     rows: set[int] = set()
-    for finding in found.columns.intersection(findings):
+    for finding in found.columns.intersection(list(findings)):
         rows |= {*found[finding].dropna().index} - {*before[finding].dropna().index}
     return list(rows)
 

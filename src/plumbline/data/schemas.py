@@ -19,6 +19,8 @@ from plumbline.data.values import conversation
 
 # C0 and C1 controls and DEL, without tab and line feed.
 CONTROL_CHARACTERS = r"[\x00-\x08\x0B-\x1F\x7F-\x9F]"
+# The same in JSON text, which escapes C0 alone; the backslash of an escape is not escaped itself.
+CONTROL_CHARACTERS_IN_JSON = r"[^\\](\\\\)*\\([bfr]|u00[01])|[\x7F-\x9F]"
 RESPONSES = ("response", "chosen", "rejected")
 
 # Of each finding the field it is reported under and the reason, which `case` completes.
@@ -120,23 +122,24 @@ def _is_blank(texts: pd.Series) -> pd.Series:
 
 
 def _has_control(texts: pd.Series) -> pd.Series:
-    found = pc.match_substring_regex(arrow.array(texts, arrow.large_string()), CONTROL_CHARACTERS)
-    return pd.Series(found.fill_null(False).to_numpy(zero_copy_only=False), index=texts.index)
+    return _matches(texts, CONTROL_CHARACTERS)
 
 
 def _has_blank_turn(prompts: pd.Series) -> pd.Series:
-    blank = _of_contents(prompts, lambda contents: not all(map(str.strip, contents)))
-    return blank.fillna(False).astype(bool)
+    # What begins with a visible character of ASCII is not blank, which settles most prompts.
+    suspects = _matches(prompts, r'"content": ?"[^!#-\[\]-~]')
+    blank = [index for index, prompt in prompts[suspects].items() if _is_blank_in(prompt)]
+    return pd.Series(prompts.index.isin(blank), index=prompts.index)
+
+
+def _is_blank_in(prompt: str) -> bool:
+    return not all(turn["content"].strip() for turn in conversation(prompt))
 
 
 def _has_control_turn(prompts: pd.Series) -> pd.Series:
-    return _has_control(_of_contents(prompts, "\n".join))
+    return _matches(prompts, CONTROL_CHARACTERS_IN_JSON)
 
 
-def _of_contents(prompts: pd.Series, function: Callable[[list[str]], object]) -> pd.Series:
-    # A prompt often has several pairs; each distinct one is decoded once.
-    values = {
-        prompt: function([turn["content"] for turn in conversation(prompt)])
-        for prompt in prompts.dropna().unique()
-    }
-    return prompts.map(values)
+def _matches(texts: pd.Series, pattern: str) -> pd.Series:
+    found = pc.match_substring_regex(arrow.array(texts, arrow.large_string()), pattern)
+    return pd.Series(found.fill_null(False).to_numpy(zero_copy_only=False), index=texts.index)

@@ -23,9 +23,10 @@ def prompt_id(prompt: str) -> str:
 
 def with_prompt_ids(frame: pd.DataFrame) -> pd.DataFrame:
     """Canonical rows with `prompt_id`, null where the prompt is."""
+    prompts = frame["prompt"].tolist()
     # A prompt often has several pairs.
-    ids = {prompt: prompt_id(prompt) for prompt in frame["prompt"].dropna().unique()}
-    return frame.assign(prompt_id=frame["prompt"].map(ids).astype("str"))
+    ids = {prompt: prompt_id(prompt) for prompt in {*prompts} if isinstance(prompt, str)}
+    return frame.assign(prompt_id=pd.array([ids.get(prompt) for prompt in prompts], dtype="str"))
 
 
 def split_of(prompt_id: str, test_fraction: float) -> Split:

@@ -91,14 +91,16 @@ def store_rows(name: str, file: str, frames: Iterable[pd.DataFrame], scratch: Pa
         try:
             for frame in frames:
                 digests.append(digests_of(frame, name))
-                rows = frame.drop(columns="split")
-                writer = writer or pa.ipc.new_stream(place, arrow_schema(rows))
-                table = pa.Table.from_pandas(rows, arrow_schema(rows), preserve_index=False)
-                writer.write_table(table)
+                schema = arrow_schema(str(name) for name in frame if name != "split")
+                writer = writer or pa.ipc.new_stream(place, schema)
+                table = pa.Table.from_pandas(frame[schema.names], schema, preserve_index=False)
+                # An empty table has no batches.
+                for batch in table.to_batches() or [pa.RecordBatch.from_pylist([], schema)]:
+                    writer.write_batch(batch)
         finally:
             if writer:
                 writer.close()
-    return StoredRows(name, file, Path(place.name), tuple(rows), digests)
+    return StoredRows(name, file, Path(place.name), tuple(schema.names), digests)
 
 
 def tables_of(stored: Iterable[StoredRows], test_fraction: float) -> dict[str, Table]:
@@ -124,4 +126,4 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def _constant(value: str, count: int) -> pd.Categorical:
-    return pd.Categorical.from_codes(np.zeros(count, dtype="int8"), [value])
+    return pd.Categorical.from_codes(np.zeros(count, dtype=np.int8), pd.Index([value]))

@@ -220,13 +220,18 @@ def _with_lengths(
 
     Each distinct text is counted once.
     """
-    lengths, refused = prompt_lengths(_distinct([frame["prompt"]]), counter)
-    fields = [field for field in RESPONSES if field in frame]
-    texts = _distinct(frame[field] for field in fields)
-    responses = dict(zip(texts, counter.response_lengths(texts), strict=True))
-    counted = {"prompt": lengths} | dict.fromkeys(fields, responses)
+    texts = {field: frame[field].tolist() for field in ("prompt", *RESPONSES) if field in frame}
+    distinct = {
+        field: [text for text in dict.fromkeys(column) if isinstance(text, str)]
+        for field, column in texts.items()
+    }
+    lengths, refused = prompt_lengths(distinct.pop("prompt"), counter)
+    counted = {"prompt": lengths}
+    for field, responses in distinct.items():
+        counted[field] = dict(zip(responses, counter.response_lengths(responses), strict=True))
     tokens = {
-        f"{field}_tokens": frame[field].map(of).astype("Int64") for field, of in counted.items()
+        f"{field}_tokens": pd.array([counted[field].get(text) for text in column], dtype="Int64")
+        for field, column in texts.items()
     }
     return frame.assign(**tokens), refused
 
@@ -249,10 +254,6 @@ def _broken_rules(frame: pd.DataFrame, schema: DataFrameSchema, file: str) -> se
             zip(rows["row"].tolist(), broken["field"], broken["reason"], strict=True)
         )
     }
-
-
-def _distinct(columns: Iterable[pd.Series]) -> list[str]:
-    return list(dict.fromkeys(text for column in columns for text in column.dropna().unique()))
 
 
 def _shown(value: Any, field: str, reason: str) -> str:

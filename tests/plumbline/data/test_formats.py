@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plumbline.data import formats
 from plumbline.data.formats import Failure, canonical_frame, find_table, read_batches
 from plumbline.data.values import Fault, conversation, excerpt
 from plumbline.errors import DataError
