@@ -108,7 +108,7 @@ def index_of(
                 "prompt": own_prompts,
                 "fields": _numbers(rows["fields"])[0],
                 "order": rows["order"].to_numpy(),
-                "split": pd.Categorical.from_codes(own_splits, _SPLITS),
+                "split": pd.Categorical.from_codes(own_splits, pd.Index(_SPLITS)),
             },
             index=pd.Index(rows["row"].to_numpy(), name="row"),
         )

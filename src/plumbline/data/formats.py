@@ -195,7 +195,7 @@ def _csv_columns(path: Path, known: AbstractSet[str]) -> set[str]:
                 raise Fault(f"not UTF-8 (byte {bad[0]}, in the header)")
             if len(set(header)) != len(header):
                 raise Fault("a column appears more than once in the header")
-            return known & set(header)
+            return {*header} & known
     return set()
 
 

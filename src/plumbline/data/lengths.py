@@ -14,6 +14,8 @@ _CUT = re.compile(r"(?<=\S)(?= \S)")
 # Of two spaces before a letter the first is a piece by itself; before another space, a digit or a
 # special token it need not be.
 _UNSAFE = re.compile(r"  (?![A-Za-z])")
+# Two words with a line break between them are seldom seen again: such a piece is cut once more.
+_BREAK = re.compile(r"(?<=[A-Za-z])(?=[.,:;!?]?\s)")
 
 # The patterns of Llama 3 and of Qwen 2, which differ in how many digits make a piece.
 _SPLITS = tuple(
@@ -38,7 +40,7 @@ class TokenLengths:
         self._by_word = cuts_before_words(tokenizer)
         if self._by_word:
             self._pieces = _Lengths(tokenizer.backend_tokenizer)
-            self._words = _LengthsAfterSpace(tokenizer.backend_tokenizer)
+            self._words = _LengthsAfterSpace(self._pieces)
 
     def of(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
@@ -131,22 +133,32 @@ class _Lengths(dict[str, int]):
 
     def __init__(self, backend: Tokenizer) -> None:
         super().__init__()
-        self._backend = backend
+        self.backend = backend
 
     def __missing__(self, piece: str) -> int:
+        head, *rest = _BREAK.split(piece)
+        if rest:
+            return self[head] + sum(map(self.__getitem__, rest))
         return self._remember(piece, piece)
 
     def _remember(self, key: str, piece: str) -> int:
         if len(self) >= KNOWN_PIECES:
             self.clear()
-        self[key] = length = len(self._backend.encode(piece, add_special_tokens=False))
+        self[key] = length = len(self.backend.encode(piece, add_special_tokens=False))
         return length
 
 
 class _LengthsAfterSpace(_Lengths):
     """The same of a space and the word that follows it, if any, by the word."""
 
+    def __init__(self, pieces: _Lengths) -> None:
+        super().__init__(pieces.backend)
+        self._pieces = pieces
+
     def __missing__(self, word: str) -> int:
         if word != word.strip():
             raise _NoWord
+        head, *rest = _BREAK.split(word)
+        if rest:
+            return self[head] + sum(map(self._pieces.__getitem__, rest))
         return self._remember(word, " " + word)

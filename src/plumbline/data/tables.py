@@ -1,9 +1,11 @@
 """Tables of any length: their rows on disk, read in batches; an index of the rows in memory."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +109,12 @@ def tables_of(stored: Iterable[StoredRows], test_fraction: float) -> dict[str, T
     """Tables of stored rows, with the splits that `findings.index_of` gives them."""
     by_name = {rows.name: rows for rows in stored}
     digests = {name: rows.digests for name, rows in by_name.items()}
+    # The digests have done their part.
     return {
-        name: Table(by_name[name], index.assign(file=_constant(by_name[name].file, len(index))))
+        name: Table(
+            replace(by_name[name], digests=()),
+            index.assign(file=_constant(by_name[name].file, len(index))),
+        )
         for name, index in index_of(digests, test_fraction).items()
     }
 
@@ -125,5 +131,5 @@ def writing(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _constant(value: str, count: int) -> pd.Categorical:
+def _constant(value: str, count: int) -> pd.Categorical[str]:
     return pd.Categorical.from_codes(np.zeros(count, dtype=np.int8), pd.Index([value]))

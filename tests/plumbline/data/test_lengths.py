@@ -85,7 +85,22 @@ PARTS = [
     "\x1c",
     "\x85",
 ]
-PARTS += ["1", "12", "½", "١", ",", ".", "'s", "é", "\u0301", "\u200d", "<|end|>", "<|", "\x00"]
+PARTS += [
+    "fold.\n\n",
+    "1",
+    "12",
+    "½",
+    "١",
+    ",",
+    ".",
+    "'s",
+    "é",
+    "\u0301",
+    "\u200d",
+    "<|end|>",
+    "<|",
+    "\x00",
+]
 any_text = st.lists(st.sampled_from(PARTS) | st.characters(codec="utf-8"), max_size=12).map("".join)
 
 
