@@ -13,16 +13,16 @@ from torch import Tensor
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.functions import TextScorer
 from plumbline.interruption import uninterrupted
+from plumbline.models.packed_attention import take_packed
 from plumbline.ops.kl import kl_estimate
-from plumbline.ops.logprobs import token_logprobs
 from plumbline.ops.masked import masked_mean, masked_sum, masked_var
 from plumbline.ops.rewards import token_rewards
 from plumbline.rollout.experience import (
     Experience,
     Sequences,
-    pad_columns,
-    response_logits,
     response_logprobs,
+    response_states,
+    response_stats,
 )
 from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
@@ -73,7 +73,8 @@ def train_rl(
     functions = load_rewards(params)
     state = RLState(models, len(prompts), params, seed, checkpoints)
     queries = encoder.prompts(prompts)
-    ways = training_ways("rl", params.micro_batch_size, params.gradient_checkpointing)
+    longest = max(map(len, queries)) + setting.sampling.response_tokens
+    ways = training_ways("rl", params.micro_batch_tokens, longest, params.gradient_checkpointing)
     with state.keeper.watching(), memory_advice("rl", [*ways]):
         if state.resume():
             for row in state.history:
@@ -239,20 +240,24 @@ def _look_back(
     models: Models, sequences: Sequences, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs of policy and reference, and the critic's values, [B, R] and 0 on padding."""
-    mask = sequences.response_mask
-    step, temperature = setting.params.micro_batch_size, setting.sampling.temperature
-    parts = [sequences.rows(slice(i, i + step)) for i in range(0, len(mask), step)]
-
-    logprobs, values = [], []
-    for part in parts:
-        logits, hidden = response_logits(models.policy, part)
-        logprobs.append(token_logprobs(logits, part.response_ids, temperature))
-        value = critic_values(models.critic, part, hidden)
-        values += [] if value is None else [value]
+    temperature = setting.sampling.temperature
+    parts = sequences.micro_batches(
+        setting.params.micro_batch_tokens, packed=take_packed(models.policy)
+    )
+    logprobs = torch.zeros_like(sequences.response_mask, dtype=torch.float32)
+    ref_logprobs = torch.zeros_like(logprobs)
+    values = None if models.critic is None else torch.zeros_like(logprobs)
+    for rows in parts:
+        part = sequences.rows(rows)
+        width = part.response_mask.shape[1]
+        states = response_states(models.policy, part)
+        stats = response_stats(models.policy, states, part, temperature)
+        logprobs[rows, :width] = stats.logprobs
+        if models.critic is not None and values is not None:
+            values[rows, :width] = critic_values(models.critic, part, states.hidden)
     with models.reference() as reference:
-        ref_logprobs = [response_logprobs(reference, part, temperature) for part in parts]
-
-    def whole(columns: list[Tensor]) -> Tensor:
-        return torch.where(mask, pad_columns(columns, mask.shape[1]), 0.0)
-
-    return whole(logprobs), whole(ref_logprobs), whole(values) if values else None
+        for rows in parts:
+            part = sequences.rows(rows)
+            width = part.response_mask.shape[1]
+            ref_logprobs[rows, :width] = response_logprobs(reference, part, temperature)
+    return logprobs, ref_logprobs, values

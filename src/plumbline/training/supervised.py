@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from plumbline.data.batches import micro_batches
 from plumbline.params.schema import SupervisedParams
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.memory import memory_advice, training_ways
@@ -25,6 +26,8 @@ def fit(
     params: SupervisedParams,
     *,
     section: str,
+    tokens: Callable[[Mapping[str, Any]], int],
+    packed: bool,
     loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
     seed: int,
     precision: Precision,
@@ -38,9 +41,11 @@ def fit(
     Args:
         model: its forward takes what `collate` makes.
         rows: the training rows.
-        collate: rows to a batch.
+        collate: rows to a micro-batch.
         params: batches, epochs, learning rate.
         section: the params section, for messages and metric names.
+        tokens: of a row, all its sequences together.
+        packed: whether the model takes a micro-batch without padding.
         loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
             scalar.
         seed: of the shuffles.
@@ -53,12 +58,18 @@ def fit(
     Raises:
         TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
+
+    def split(batch: list[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
+        groups = micro_batches(
+            [tokens(row) for row in batch], params.micro_batch_tokens, packed=packed
+        )
+        return {"micro_batches": [collate([batch[place] for place in group]) for group in groups]}
+
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)
     with tempfile.TemporaryDirectory() as unused:
         arguments = TrainingArguments(
             output_dir=unused,
-            per_device_train_batch_size=params.micro_batch_size,
-            gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
+            per_device_train_batch_size=params.batch_size,
             num_train_epochs=params.epochs,
             learning_rate=params.learning_rate,
             lr_scheduler_type=(
@@ -88,10 +99,13 @@ def fit(
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=split,
             compute_loss_func=loss,
         )
-        ways = training_ways(section, params.micro_batch_size, params.gradient_checkpointing)
+        ways = training_ways(
+            section, params.micro_batch_tokens, max(map(tokens, rows)),
+            params.gradient_checkpointing,
+        )  # fmt: skip
         with (
             trainer.keeper.watching(),
             memory_advice(section, [*ways]),

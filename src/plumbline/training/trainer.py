@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -18,6 +20,7 @@ from transformers import (
 from plumbline.errors import TrainingError
 from plumbline.interruption import uninterrupted
 from plumbline.training.checkpoint import Checkpoints, Keeper, Place, State
+from plumbline.training.precision import Precision, autocast
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.state import (
     load_networks,
@@ -133,6 +136,27 @@ class ResumableTrainer(Trainer):
             self._committed = trainer_state.global_step
             self.listeners.history = self._restored["history"]
             self.train(resume_from_checkpoint=str(folder))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Leave the gradient of a mini-batch, one micro-batch after the other; return its loss."""
+        parts = inputs["micro_batches"]
+        count = self._get_num_items_in_batch(parts, self.args.device)
+        device = self.args.device
+        precision: Precision = "bf16" if self.args.bf16 else "fp32"
+        total = torch.zeros((), device=device)
+        model.train()
+        # Weights are narrowed once for all micro-batches: autocast keeps the copies.
+        with autocast(device, precision):
+            for part in parts:
+                loss = self.compute_loss(
+                    model, self._prepare_inputs(part), num_items_in_batch=count
+                )
+                with autocast(device, "fp32"):
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+        return total
 
     def _begin(self) -> None:
         """Set what the Trainer sets anew as a training begins."""

@@ -41,9 +41,14 @@ def squared(outputs: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> Tens
     return (outputs - labels).square().sum() / num_items_in_batch
 
 
+def one(_: Mapping[str, Any]) -> int:
+    """Token each row has."""
+    return 1
+
+
 def params(**changes: Any) -> SupervisedParams:
     defaults: dict[str, Any] = {
-        "epochs": 10, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.1,
+        "epochs": 10, "batch_size": 4, "micro_batch_tokens": 2, "learning_rate": 0.1,
         "schedule": "constant", "warmup_fraction": 0.0, "max_grad_norm": 1e9,
     }  # fmt: skip
     return SupervisedParams(**{**defaults, **changes})
@@ -56,7 +61,8 @@ def run(
     done: list[tuple[int, int]] = []
     model = Line()
     fit(
-        model, rows, collate, settings, section="sft", loss=squared, seed=0, precision="fp32",
+        model, rows, collate, settings, section="sft", tokens=one, packed=True,
+        loss=squared, seed=0, precision="fp32",
         log=lambda step, metrics: logged.append((step, metrics)),
         progress=lambda *state: done.append(state),
     )  # fmt: skip
@@ -97,7 +103,8 @@ def test_further_metrics_are_asked_for_at_each_log() -> None:
             pass
 
     fit(
-        Line(), ROWS, collate, params(), section="sft", loss=squared, seed=0, precision="fp32",
+        Line(), ROWS, collate, params(), section="sft", tokens=one, packed=True,
+        loss=squared, seed=0, precision="fp32",
         log=lambda _, metrics: logged.append(metrics), progress=lambda *_: None, stats=Asked(),
     )  # fmt: skip
     assert [metrics["sft/asked"] for metrics in logged] == [1, 2]
@@ -122,7 +129,7 @@ def test_the_loss_is_the_mean_over_the_mini_batch() -> None:
 
 def test_gradients_are_clipped() -> None:
     # AdamW's first step is rate * g / (|g| + eps): a gradient as small as eps halves it.
-    settings = params(epochs=1, batch_size=8, micro_batch_size=8, max_grad_norm=1e-5)
+    settings = params(epochs=1, batch_size=8, micro_batch_tokens=8, max_grad_norm=1e-5)
     model, _, _ = run(settings, ROWS)
     assert model.weight.item() == pytest.approx(0.05, rel=1e-2)
 
@@ -163,7 +170,8 @@ def test_a_loss_that_is_not_finite_is_found_in_the_last_steps_too(epochs: int) -
 
     with pytest.raises(TrainingError, match="expected a finite loss"):
         fit(
-            Late(), ROWS, collate, params(epochs=epochs), section="sft", loss=squared, seed=0,
+            Late(), ROWS, collate, params(epochs=epochs), section="sft", tokens=one, packed=True,
+        loss=squared, seed=0,
             precision="fp32", log=lambda *_: None, progress=lambda *_: None,
         )  # fmt: skip
 
@@ -207,7 +215,8 @@ def test_matrix_products_have_the_width_asked_for(precision: Any, width: torch.d
     seen: list[torch.dtype] = []
     model.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.dtype))
     fit(
-        model, ROWS, collate, params(epochs=60), section="sft", loss=squared, seed=0,
+        model, ROWS, collate, params(epochs=60), section="sft", tokens=one, packed=True,
+        loss=squared, seed=0,
         precision=precision, log=lambda *_: None, progress=lambda *_: None,
     )  # fmt: skip
     assert model.widths == {width}
