@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
@@ -49,7 +50,9 @@ class Optimizer(NamedTuple):
     def of(cls, models: Models, params: RLParams) -> "Optimizer":
         """The optimizer for as many updates as the params make."""
         weights = [weight for _, group in models.trained for weight in group]
-        adam = AdamW(weights, lr=params.learning_rate, eps=1e-5, weight_decay=params.weight_decay)
+        adam = AdamW(
+            weights, lr=params.learning_rate, eps=1e-5, weight_decay=params.weight_decay, fused=True
+        )
         steps = params.episodes // params.mini_batch_size * params.epochs
         schedule = get_scheduler(
             "constant_with_warmup" if params.schedule == "constant" else params.schedule,
@@ -168,7 +171,10 @@ def _accumulate(
                     sums[name] = sums.get(name, 0.0) + part
                 sums["policy/ratio_max"] = largest
     for prefix, weights in models.trained:
-        norm = torch.nn.utils.clip_grad_norm_(weights, params.max_grad_norm)
+        norm = get_total_norm([w.grad for w in weights if w.grad is not None])
+        # Most are small enough, and need not be written again.
+        if norm > params.max_grad_norm:
+            clip_grads_with_norm_(weights, params.max_grad_norm, norm)
         sums[f"{prefix}/grad_norm"] = float(norm)
     if not all(math.isfinite(value) for value in sums.values()):
         raise TrainingError(
