@@ -9,8 +9,12 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from plumbline.ops.attention import causal_attention
+
 NAME = "packed_sdpa"
 """Of torch's attention that takes packed sequences, too."""
+ONE_BLOCK = 256
+"""Tokens of a sequence whose scores are made at once on a CPU."""
 
 
 def take_packed(model: nn.Module) -> bool:
@@ -59,6 +63,10 @@ def packed_attention(
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     lengths = attention_mask.flatten().tolist()
+    if query.device.type == "cpu" and max(lengths) <= ONE_BLOCK:
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        mixed = causal_attention(query[0], key[0], value[0], lengths, scale)
+        return mixed.transpose(0, 1).unsqueeze(0).contiguous(), None
     alone = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [
         sdpa_attention_forward(module, *states, None, **{**options, "is_causal": True})[0]

@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from plumbline.ops.logprobs import widen
 
-BLOCK_BYTES = 2**25
-"""Of the logits that exist at a time: small beside the activations, large for a matrix product."""
+BLOCK_BYTES = 2**23
+"""Of the logits that exist at a time: small beside the activations, large for a matrix product, and
+less than what the C library gives back to the system (and has to ask for again) at each free."""
 
 
 class TokenStats(NamedTuple):
