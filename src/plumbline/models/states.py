@@ -94,7 +94,7 @@ def token_stats(
     rows = max(1, BLOCK_BYTES // (4 * len(head.weight)))
     parts = [
         checkpoint(stats, *part, use_reentrant=False)
-        for part in zip(states.hidden.split(rows), tokens.split(rows), strict=True)
+        for part in zip(torch.split(states.hidden, rows), torch.split(tokens, rows), strict=True)
     ]
     return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
 

@@ -29,7 +29,8 @@ def causal_attention(
     Returns:
         [heads, N, D], as wide as the values. Scores and probabilities are in float32 or wider.
     """
-    return _CausalAttention.apply(query, key, value, tuple(lengths), scale)
+    mixed: Tensor = _CausalAttention.apply(query, key, value, tuple(lengths), scale)  # type: ignore[no-untyped-call]
+    return mixed
 
 
 class _CausalAttention(Function):
@@ -50,7 +51,8 @@ class _CausalAttention(Function):
             for place, length in _places(lengths):
                 q, k = _folded(widen(query), key, place), widen(key[:, place])
                 scores = torch.bmm(q * scale, k.mT)
-                scores.unflatten(1, (-1, length)).masked_fill_(later[:length, :length], -torch.inf)
+                heads = scores.view(len(key), -1, length, length)
+                heads.masked_fill_(later[:length, :length], -torch.inf)
                 p = scores.softmax(-1).to(value.dtype)
                 _fold_back(torch.bmm(p, value[:, place]), output, place)
                 kept.append(p)

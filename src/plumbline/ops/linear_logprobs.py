@@ -45,7 +45,8 @@ def linear_logprobs(
     The matrix products are in autocast's width where it is on, sums and gradients of weights in
     that of the weights.
     """
-    return TokenStats(*_LinearLogprobs.apply(hidden, weight, bias, tokens, temperature))
+    stats = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature)  # type: ignore[no-untyped-call]
+    return TokenStats(*stats)
 
 
 class _LinearLogprobs(Function):

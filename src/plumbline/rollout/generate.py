@@ -30,6 +30,8 @@ class Responses(NamedTuple):
     """bool [B], False where the limit came before a stop token."""
     logprobs: Tensor
     """float32 [B, R], of each token as it was drawn, nats; 0 where the mask is False."""
+    computed: int = 0
+    """Tokens that the policy read, padding and rows that had ended included."""
 
     def lists(self) -> list[list[int]]:
         """The responses as lists of token ids, without padding."""
@@ -85,6 +87,7 @@ def sample_responses(
     # Whose row each row of the batch is, and whether it goes on.
     rows = torch.arange(len(queries), device=device)
     running = torch.ones_like(rows, dtype=torch.bool)
+    computed = batch.read
     for step in range(max_tokens):
         token, logprob = _draw(batch.logits, temperature, uniform[rows, step])
         live = rows[running]
@@ -100,8 +103,9 @@ def sample_responses(
             kept = running.nonzero().squeeze(1)
             batch, rows, token, running = batch.keep(kept), rows[kept], token[kept], running[kept]
         batch = batch.go_on(model, token, step)
+        computed += len(rows)
     longest = int(mask.sum(1).max())
-    return Responses(ids[:, :longest], mask[:, :longest], has_eos, logprobs[:, :longest])
+    return Responses(ids[:, :longest], mask[:, :longest], has_eos, logprobs[:, :longest], computed)
 
 
 class _Batch(NamedTuple):
@@ -116,6 +120,8 @@ class _Batch(NamedTuple):
     """int64 [B], of the queries."""
     width: int
     """Q, of the padded queries."""
+    read: int
+    """Tokens that the model read to get here."""
 
     def keep(self, rows: Tensor) -> "_Batch":
         """The batch with these rows alone; its logits are used up."""
@@ -148,9 +154,11 @@ def _read(
     ids, mask = (part.to(model.device) for part in padded)
     attention = torch.ones(len(queries), width + room, dtype=torch.long, device=model.device)
     attention[:, :width] = mask[prompt_of]
+    read = int(mask.sum())
     if take_packed(model):
         cache, logits = _read_packed(model, ids, mask, prompt_of, room)
     else:
+        read = mask.numel()
         cache = DynamicCache(config=model.config)
         logits = model(
             input_ids=ids,
@@ -161,7 +169,7 @@ def _read(
             logits_to_keep=1,
         ).logits[:, -1]
         cache.reorder_cache(prompt_of)
-    return _Batch(cache, logits[prompt_of], attention, mask.sum(1)[prompt_of], width)
+    return _Batch(cache, logits[prompt_of], attention, mask.sum(1)[prompt_of], width, read)
 
 
 def _read_packed(

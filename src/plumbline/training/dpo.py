@@ -102,8 +102,9 @@ def train_dpo(
     policy.train()
     fit(
         _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
-        params, section="dpo", tokens=_tokens, packed=take_packed(policy), loss=loss, seed=seed,
-        precision=precision, log=log, progress=progress, stats=means, checkpoints=checkpoints,
+        params, section="dpo", lengths=_lengths, predicting=_predicting,
+        packed=take_packed(policy), loss=loss, seed=seed, precision=precision, log=log,
+        progress=progress, stats=means, checkpoints=checkpoints,
     )  # fmt: skip
     policy.eval()
 
@@ -142,7 +143,9 @@ def pair_logprobs(
     At most `max_tokens` tokens are read at a time.
     """
     logprobs = PairLogprobs(torch.empty(len(rows)), torch.empty(len(rows)))
-    for group in micro_batches([*map(_tokens, rows)], max_tokens, packed=take_packed(model)):
+    for group in micro_batches(
+        [sum(_lengths(row)) for row in rows], max_tokens, packed=take_packed(model)
+    ):
         batch = pair_batch([rows[place] for place in group], pad_token_id)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
         parts = sequence_logprobs(model, **on_device).cpu().chunk(2)
@@ -151,8 +154,12 @@ def pair_logprobs(
     return logprobs
 
 
-def _tokens(row: Row) -> int:
-    return 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
+def _lengths(row: Row) -> list[int]:
+    return [len(row["prompt"]) + len(row[side]) for side in PairLogprobs._fields]
+
+
+def _predicting(row: Row) -> int:
+    return len(row["chosen"]) + len(row["rejected"])
 
 
 def held_out_metrics(

@@ -29,7 +29,9 @@ from plumbline.rollout.experience import (
     response_values,
 )
 from plumbline.training.models import Models, ValueHead
+from plumbline.training.perf import Work
 from plumbline.training.precision import Precision, autocast
+from plumbline.training.rl_work import update_work
 
 
 class Setting(NamedTuple):
@@ -73,6 +75,8 @@ class Update:
     """The rollout's responses as this epoch takes them: int64 [B]."""
     seconds: float = 0.0
     """Spent on it."""
+    work: Work = field(default_factory=Work)
+    """Done in them."""
 
 
 def update(
@@ -115,12 +119,16 @@ def update(
         mini_batch = done.order[place : place + params.mini_batch_size]
         stats = _accumulate(models, experience, mini_batch, setting, optimizer, kl_coef)
         history.append(stats)
+        work = done.work + update_work(
+            models, experience.sequences.rows(mini_batch), params.micro_batch_tokens
+        )
         if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
             break
         with uninterrupted():
             optimizer.adam.step()
             optimizer.schedule.step()
             done.stats.append(stats)
+            done.work = work
             done.seconds = time.perf_counter() - began
             commit()
     done.seconds = time.perf_counter() - began
@@ -244,10 +252,10 @@ def _critic_loss(
     experience: Experience,
     rows: Tensor,
     setting: Setting,
-    _: float,
+    kl_coef: float,
     num_tokens: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """c_v * L_value of a critic with a network of its own."""
+    """c_v * L_value of a critic with a network of its own; the KL is the policy's affair."""
     assert isinstance(models.critic, PreTrainedModel)
     sequences = experience.sequences.rows(rows)
     values = response_values(models.critic, sequences).float()

@@ -130,14 +130,21 @@ def train_reward_model(
         return objective.loss(scores, labels, num_items_in_batch)
 
     def renamed(step: int, metrics: Mapping[str, float]) -> None:
-        log(step, {f"{prefix}/{name.partition('/')[2]}": value for name, value in metrics.items()})
+        mine = "reward_model/"
+        log(
+            step,
+            {
+                f"{prefix}/{name.removeprefix(mine)}" if name.startswith(mine) else name: value
+                for name, value in metrics.items()
+            },
+        )
 
     model.train()
     # A judge is trained by the same section of the params, which is what messages name.
     with trained_as_adapter(model, params.lora, seed):
         fit(
             _Scorer(model), rows, collate, params, section="reward_model",
-            tokens=lambda row: sum(map(len, objective.sequences([row]))),
+            lengths=lambda row: [*map(len, objective.sequences([row]))], predicting=lambda _: 0,
             packed=take_packed(model), loss=loss, seed=seed, precision=precision, log=renamed,
             progress=progress, checkpoints=checkpoints,
         )  # fmt: skip

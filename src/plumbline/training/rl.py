@@ -30,10 +30,12 @@ from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
 from plumbline.training.memory import memory_advice, training_ways
 from plumbline.training.models import Models
+from plumbline.training.perf import matmul_rate
 from plumbline.training.policy_update import Setting, critic_values, update
 from plumbline.training.precision import autocast
 from plumbline.training.reporting import Log, Progress, Warn
 from plumbline.training.rl_state import RLState, Rollout
+from plumbline.training.rl_work import sampling_work, scoring_work
 from plumbline.training.supervised import checkpointing
 
 
@@ -73,6 +75,7 @@ def train_rl(
     functions = load_rewards(params)
     state = RLState(models, len(prompts), params, seed, checkpoints)
     queries = encoder.prompts(prompts)
+    rate = matmul_rate(models.policy.device, setting.precision)
     longest = max(map(len, queries)) + setting.sampling.response_tokens
     ways = training_ways("rl", params.micro_batch_tokens, longest, params.gradient_checkpointing)
     with state.keeper.watching(), memory_advice("rl", [*ways]):
@@ -90,7 +93,7 @@ def train_rl(
                 with uninterrupted():
                     state.rollout = rollout
                     state.commit()
-            experience, metrics = state.rollout
+            experience, metrics, work = state.rollout
             # 3. Take the epochs of gradient steps on them.
             with _less_memory(models) if params.gradient_checkpointing else nullcontext():
                 metrics = metrics | update(
@@ -104,6 +107,8 @@ def train_rl(
                 "episode": state.episode + params.rollout_batch_size,
                 "perf/episodes_per_s": params.rollout_batch_size / spent,
                 "perf/tokens_per_s": float(experience.sequences.mask.sum()) / spent,
+                **(work + state.update.work).metrics(spent, rate),
+                "perf/update_mfu": state.update.work.flops / seconds / rate,
                 "time/update_s": seconds,
             }
             with uninterrupted():
@@ -170,7 +175,9 @@ def roll_out(
         "time/rollout_s": sampled - started,
         "time/score_s": time.perf_counter() - sampled,
     }
-    return Rollout(experience, metrics)
+    work = sampling_work(models.policy, [queries[index] for index in batch], responses)
+    work += scoring_work(models, sequences, setting.params.micro_batch_tokens)
+    return Rollout(experience, metrics, work)
 
 
 def _less_memory(models: Models) -> AbstractContextManager[None]:

@@ -44,6 +44,9 @@ def train_sft(
     def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         return _batch(batch, pad_token_id, train_on_prompt=params.train_on_prompt)
 
+    def predicting(row: Row) -> int:
+        return _tokens(row) - 1 if params.train_on_prompt else len(row["response"])
+
     def loss(logprobs: Tensor, _: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         assert num_items_in_batch is not None
         return sft_loss(logprobs, num_items_in_batch)
@@ -52,8 +55,9 @@ def train_sft(
     with trained_as_adapter(model, params.lora, seed):
         fit(
             _Reader(model), rows, collate, params,
-            section="sft", tokens=_tokens, packed=take_packed(model), loss=loss, seed=seed,
-            precision=precision, log=log, progress=progress, checkpoints=checkpoints,
+            section="sft", lengths=lambda row: [_tokens(row)], predicting=predicting,
+            packed=take_packed(model), loss=loss, seed=seed, precision=precision,
+            log=log, progress=progress, checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
 

@@ -14,6 +14,7 @@ from plumbline.data.batches import micro_batches
 from plumbline.params.schema import SupervisedParams
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.memory import memory_advice, training_ways
+from plumbline.training.perf import Cost, Pace, Work, matmul_rate
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.trainer import Listeners, ResumableTrainer, Stats
@@ -26,7 +27,8 @@ def fit(
     params: SupervisedParams,
     *,
     section: str,
-    tokens: Callable[[Mapping[str, Any]], int],
+    lengths: Callable[[Mapping[str, Any]], Sequence[int]],
+    predicting: Callable[[Mapping[str, Any]], int],
     packed: bool,
     loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
     seed: int,
@@ -44,7 +46,8 @@ def fit(
         collate: rows to a micro-batch.
         params: batches, epochs, learning rate.
         section: the params section, for messages and metric names.
-        tokens: of a row, all its sequences together.
+        lengths: of a row's sequences, tokens.
+        predicting: tokens of a row that the model's head is asked about.
         packed: whether the model takes a micro-batch without padding.
         loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
             scalar.
@@ -59,11 +62,16 @@ def fit(
         TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
 
-    def split(batch: list[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
-        groups = micro_batches(
-            [tokens(row) for row in batch], params.micro_batch_tokens, packed=packed
-        )
-        return {"micro_batches": [collate([batch[place] for place in group]) for group in groups]}
+    cost = Cost.of(model)
+
+    def split(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
+        sizes = [sum(lengths(row)) for row in batch]
+        groups = micro_batches(sizes, params.micro_batch_tokens, packed=packed)
+        parts = [collate([batch[place] for place in group]) for group in groups]
+        every = [length for row in batch for length in lengths(row)]
+        computed = sum(sizes) if packed else sum(map(_elements, parts))
+        work = Work(sum(sizes), computed, cost.training(every, sum(map(predicting, batch))))
+        return {"micro_batches": parts, "work": work, "rows": len(batch)}
 
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)
     with tempfile.TemporaryDirectory() as unused:
@@ -92,10 +100,12 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+        pace = Pace(matmul_rate(next(model.parameters()).device, precision))
         trainer = ResumableTrainer(
-            listeners=Listeners(section, len(rows) * params.epochs, log, progress, stats),
+            listeners=Listeners(section, len(rows) * params.epochs, log, progress, stats, pace),
             checkpoints=checkpoints,
             stats=stats,
+            pace=pace,
             model=model,
             args=arguments,
             train_dataset=rows,
@@ -103,7 +113,7 @@ def fit(
             compute_loss_func=loss,
         )
         ways = training_ways(
-            section, params.micro_batch_tokens, max(map(tokens, rows)),
+            section, params.micro_batch_tokens, max(sum(lengths(row)) for row in rows),
             params.gradient_checkpointing,
         )  # fmt: skip
         with (
@@ -112,6 +122,11 @@ def fit(
             checkpointing(model) if params.gradient_checkpointing else nullcontext(),
         ):
             trainer.fit()
+
+
+def _elements(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a padded micro-batch."""
+    return max(tensor.numel() for tensor in batch.values())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import (
 from plumbline.errors import TrainingError
 from plumbline.interruption import uninterrupted
 from plumbline.training.checkpoint import Checkpoints, Keeper, Place, State
+from plumbline.training.perf import Pace
 from plumbline.training.precision import Precision, autocast
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.state import (
@@ -62,6 +63,7 @@ class Listeners:
         log: Log,
         progress: Progress,
         stats: Stats | None,
+        pace: Pace,
     ) -> None:
         """Tell nobody anything yet; `rows` counts those of all epochs."""
         self.section = section
@@ -70,6 +72,7 @@ class Listeners:
         self._log = log
         self._progress = progress
         self._stats = stats
+        self._pace = pace
         self._told = 0
 
     def note(self, step: int, logs: Mapping[str, float]) -> None:
@@ -86,6 +89,7 @@ class Listeners:
             f"{self.section}/lr": logs["learning_rate"],
             f"{self.section}/epoch": logs["epoch"],
             **(self._stats.take() if self._stats else {}),
+            **self._pace.take(),
         }
         self.history.append({"step": step, **metrics})
 
@@ -107,12 +111,14 @@ class ResumableTrainer(Trainer):
         listeners: Listeners,
         checkpoints: Checkpoints | None,
         stats: Stats | None,
+        pace: Pace,
         **options: Any,
     ) -> None:
-        """A Trainer with these options; `stats` is saved and restored, too."""
+        """A Trainer with these options; `stats` is saved and restored, too, but not `pace`."""
         super().__init__(**options)
         self.listeners = listeners
         self.stats = stats
+        self.pace = pace
         self.keeper = Keeper(checkpoints, self._weights)
         self._held = ExitStack()
         self._restored: State | None = None
@@ -156,10 +162,12 @@ class ResumableTrainer(Trainer):
                 with autocast(device, "fp32"):
                     self.accelerator.backward(loss)
                 total += loss.detach()
+        self.pace.add(inputs["work"], inputs["rows"])
         return total
 
     def _begin(self) -> None:
         """Set what the Trainer sets anew as a training begins."""
+        self.pace.restart()
         if self._restored is None:
             return
         self._tr_loss = self._restored["loss"].to(self.args.device)

@@ -159,7 +159,7 @@ def test_before_training_the_loss_is_log_two_and_the_margins_are_0(
     assert held_out["dpo/held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert held_out["dpo/held_out_margin"] == pytest.approx(0, abs=1e-5)
     (logged,) = train(lm, params, reference)
-    assert set(logged) == CURVES
+    assert {name for name in logged if name.startswith("dpo/")} == CURVES
     assert logged["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5)
     for name in ("margin", "chosen_reward", "rejected_reward"):
         assert logged[f"dpo/{name}"] == pytest.approx(0, abs=1e-5)

@@ -108,7 +108,7 @@ def supervised(
         history: list[dict[str, float]] = []
         train(
             mine, params=params, pad_token_id=PAD, seed=7, progress=ignore_progress,
-            log=lambda step, metrics: history.append({"step": step, **metrics}),
+            log=lambda step, metrics: history.append({"step": step, **timeless(metrics)}),
             checkpoints=checkpoints, **more,
         )  # fmt: skip
         return Ended(all_weights(mine), history, [])
