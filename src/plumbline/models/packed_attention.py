@@ -67,12 +67,10 @@ def packed_attention(
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         mixed = causal_attention(query[0], key[0], value[0], lengths, scale)
         return mixed.transpose(0, 1).unsqueeze(0).contiguous(), None
-    alone = zip(
-        *(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True
-    )
+    alone = (torch.split(states, lengths, dim=2) for states in (query, key, value))
     outputs = [
         sdpa_attention_forward(module, *states, None, **{**options, "is_causal": True})[0]
-        for states in alone
+        for states in zip(*alone, strict=True)
     ]
     return torch.cat(outputs, 1), None
 

@@ -4,11 +4,12 @@ One loop for all algorithms: they differ in `credit.py` alone, and in whether th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.functions import TextScorer
@@ -23,13 +24,14 @@ from plumbline.rollout.experience import (
     response_logprobs,
     response_states,
     response_stats,
+    response_values,
 )
 from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
 from plumbline.training.memory import memory_advice, training_ways
-from plumbline.training.models import Models
+from plumbline.training.models import Models, ValueHead
 from plumbline.training.perf import matmul_rate
 from plumbline.training.policy_update import Setting, critic_values, update
 from plumbline.training.precision import autocast
@@ -141,22 +143,22 @@ def roll_out(
     """
     started = time.perf_counter()
     batch = next(state.batches)
-    with autocast(models.policy.device, setting.precision):
-        # 1. Sample responses from the policy.
+    device, asked = models.policy.device, [queries[index] for index in batch]
+    # 1. Sample responses from the policy.
+    with autocast(device, setting.precision):
         responses = sample_responses(
             models.policy,
-            [queries[index] for index in batch],
+            asked,
             max_tokens=setting.sampling.response_tokens,
             stop_token_ids=encoder.stop_token_ids,
             pad_token_id=encoder.pad_token_id,
             temperature=setting.sampling.temperature,
             generator=state.sampling,
         )
-        sampled = time.perf_counter()
-        # 2. Score them, and turn scores and KL into advantages.
-        sequences = Sequences.join(
-            [queries[index] for index in batch], responses, encoder.pad_token_id
-        )
+    sampled = time.perf_counter()
+    # 2. Score them, and turn scores and KL into advantages.
+    sequences = Sequences.join(asked, responses, encoder.pad_token_id)
+    with autocast(device, setting.precision):
         scores = score_responses(
             models.reward_model,
             models.judge,
@@ -167,15 +169,15 @@ def roll_out(
             encoder.decode(responses.lists()) if functions else [""] * len(batch),
             setting.params,
         )
-        experience, metrics = make_experience(
-            models, sequences, responses, scores, setting, state.controller.value, state.baseline
-        )
+    experience, metrics = make_experience(
+        models, sequences, responses, scores, setting, state.controller.value, state.baseline
+    )
     metrics |= {
         "lr": float(state.optimizer.schedule.get_last_lr()[0]),
         "time/rollout_s": sampled - started,
         "time/score_s": time.perf_counter() - sampled,
     }
-    work = sampling_work(models.policy, [queries[index] for index in batch], responses)
+    work = sampling_work(models.policy, asked, responses)
     work += scoring_work(models, sequences, setting.params.micro_batch_tokens)
     return Rollout(experience, metrics, work)
 
@@ -247,24 +249,40 @@ def _look_back(
     models: Models, sequences: Sequences, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs of policy and reference, and the critic's values, [B, R] and 0 on padding."""
-    temperature = setting.sampling.temperature
-    parts = sequences.micro_batches(
-        setting.params.micro_batch_tokens, packed=take_packed(models.policy)
-    )
-    logprobs = torch.zeros_like(sequences.response_mask, dtype=torch.float32)
-    ref_logprobs = torch.zeros_like(logprobs)
-    values = None if models.critic is None else torch.zeros_like(logprobs)
-    for rows in parts:
-        part = sequences.rows(rows)
-        width = part.response_mask.shape[1]
+    temperature, critic = setting.sampling.temperature, models.critic
+
+    def policy(part: Sequences) -> list[Tensor]:
         states = response_states(models.policy, part)
-        stats = response_stats(models.policy, states, part, temperature)
-        logprobs[rows, :width] = stats.logprobs
-        if models.critic is not None and values is not None:
-            values[rows, :width] = critic_values(models.critic, part, states.hidden)
+        logprobs = response_stats(models.policy, states, part, temperature).logprobs
+        if isinstance(critic, ValueHead):
+            return [logprobs, critic_values(critic, part, states.hidden)]
+        return [logprobs]
+
+    packed = take_packed(models.policy)
+    parts = sequences.micro_batches(setting.params.micro_batch_tokens, packed=packed)
+    logprobs, *values = _read(sequences, parts, setting, policy)
+    if isinstance(critic, PreTrainedModel):
+        values = _read(sequences, parts, setting, lambda part: [response_values(critic, part)])
     with models.reference() as reference:
-        for rows in parts:
-            part = sequences.rows(rows)
-            width = part.response_mask.shape[1]
-            ref_logprobs[rows, :width] = response_logprobs(reference, part, temperature)
-    return logprobs, ref_logprobs, values
+        (ref_logprobs,) = _read(
+            sequences, parts, setting,
+            lambda part: [response_logprobs(reference, part, temperature)],
+        )  # fmt: skip
+    return logprobs, ref_logprobs, values[0] if values else None
+
+
+def _read(
+    sequences: Sequences,
+    parts: list[Tensor],
+    setting: Setting,
+    columns: Callable[[Sequences], list[Tensor]],
+) -> list[Tensor]:
+    """What a model says about the parts, put together: float32 [B, R] each, 0 on padding."""
+    # Autocast keeps narrow copies of the weights as long, and then no more.
+    with autocast(sequences.ids.device, setting.precision):
+        found = [columns(sequences.rows(rows)) for rows in parts]
+    whole = [torch.zeros_like(sequences.response_mask, dtype=torch.float32) for _ in found[0]]
+    for rows, said in zip(parts, found, strict=True):
+        for column, values in zip(whole, said, strict=True):
+            column[rows, : values.shape[1]] = values
+    return whole

@@ -202,8 +202,7 @@ def test_sampling_uses_the_weights_of_the_last_step(
         assert float(gap.max()) < 0.3
         assert metrics["val/decode_gap_max"] < 0.3
     # And these steps were large: stale weights would be far off, and at the reference.
-    assert history[1]["objective/kl_k3"] > 0.05
-    assert history[2]["objective/kl_k3"] > history[1]["objective/kl_k3"]
+    assert min(metrics["objective/kl_k3"] for metrics in history[1:]) > 0.05
 
 
 def test_the_second_epoch_sees_the_step_of_the_first(
