@@ -15,6 +15,8 @@ from plumbline.rollout.cache import RoomyLayer
 
 PREFILL_TOKENS = 4096
 """Of queries that are read at a time."""
+PART = 256
+"""Of the vocabulary, in which a token is looked for."""
 STILL_RUNNING = 0.75
 """Once fewer of the rows go on, the others leave the batch, which costs a copy of the cache."""
 
@@ -223,9 +225,24 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
         temperature: divides them.
         uniform: float64 [B], in [0, 1).
     """
-    every = torch.log_softmax(widen(logits) / temperature, -1)
-    # Summed in float64: in float32 a token of less than 1e-7 could never be drawn.
-    upto = every.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(upto, (uniform * upto[:, -1]).unsqueeze(1), right=True)
-    token = token.clamp(max=logits.shape[1] - 1)
-    return token.squeeze(1), every.gather(1, token).squeeze(1).float()
+    scaled = widen(logits)
+    p = (scaled if temperature == 1 else scaled / temperature).softmax(-1)
+    # First a part of the vocabulary, then a token of it: a running sum over all of it would take
+    # longer than all the rest. In float64: in float32 tokens of less than 1e-7 were never drawn.
+    size, whole = p.shape[1], p.shape[1] // PART * PART
+    shares = torch.cat(
+        [
+            p[:, :whole].unflatten(1, (-1, PART)).sum(-1, dtype=torch.float64),
+            p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64),
+        ],
+        1,
+    )
+    upto = shares.cumsum(1)
+    number = uniform.unsqueeze(1) * upto[:, -1:]
+    part = torch.searchsorted(upto, number, right=True).clamp(max=upto.shape[1] - 1)
+    number = number - (upto - shares).gather(1, part)
+    columns = part * PART + torch.arange(PART, device=p.device)
+    inside = p.gather(1, columns.clamp(max=size - 1)).double().masked_fill_(columns >= size, 0)
+    place = torch.searchsorted(inside.cumsum(1), number, right=True).clamp(max=PART - 1)
+    token = columns.gather(1, place).clamp(max=size - 1)
+    return token.squeeze(1), p.gather(1, token).squeeze(1).log().float()

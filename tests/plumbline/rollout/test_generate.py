@@ -311,7 +311,11 @@ def test_rows_that_have_ended_leave_and_a_repeated_query_is_read_once() -> None:
     assert [len(call["input_ids"]) for call in model.calls] == [4, 8, 4, 4, 2, 2, 2, 2]
 
 
-def test_a_token_is_drawn_where_the_distribution_function_passes_the_number() -> None:
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 256])
+def test_a_token_is_drawn_where_the_distribution_function_passes_the_number(
+    monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(generate, "PART", part)
     logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().repeat(6, 1)
     numbers = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 2**-53], dtype=torch.float64)
     token, logprob = generate._draw(logits, 1.0, numbers)
