@@ -232,7 +232,7 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
     size, whole = p.shape[1], p.shape[1] // PART * PART
     shares = torch.cat(
         [
-            p[:, :whole].unflatten(1, (-1, PART)).sum(-1, dtype=torch.float64),
+            p[:, :whole].view(len(p), -1, PART).sum(-1, dtype=torch.float64),
             p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64),
         ],
         1,
