@@ -207,6 +207,21 @@ def test_gradients_point_where_those_of_fp32_do(
 
 
 @each_critic
+def test_micro_batches_share_narrow_weights_and_each_leaves_its_gradient(
+    models: Models, make_setting: MakeSetting, run_rl: Any, critic: str
+) -> None:
+    found = []
+    for tokens in (4096, 20, 1):
+        setting = bf16(
+            make_setting, critic, episodes=8, learning_rate=1e-12, max_grad_norm=1e9,
+            micro_batch_tokens=tokens,
+        )  # fmt: skip
+        found.append(gradients(with_critic(copy.deepcopy(models), critic), setting, run_rl))
+    for split in found[1:]:
+        assert float((split - found[0]).norm() / found[0].norm()) < 0.05
+
+
+@each_critic
 def test_sampling_uses_the_weights_of_the_last_step(
     models: Models, make_setting: MakeSetting, run_rl: Any, critic: str,
     monkeypatch: pytest.MonkeyPatch,

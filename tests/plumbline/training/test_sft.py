@@ -113,6 +113,17 @@ def test_micro_batches_leave_the_training_the_same(lm: PreTrainedModel) -> None:
         torch.testing.assert_close(trained[size], trained[4096], atol=1e-6, rtol=0)
 
 
+def test_micro_batches_share_narrow_weights(lm: PreTrainedModel) -> None:
+    losses = []
+    for size in (4096, 50, 1):
+        history = train(
+            copy.deepcopy(lm), sft_params(micro_batch_tokens=size, epochs=5), precision="bf16"
+        )
+        losses.append((history[-1]["sft/loss"], history[-1]["sft/grad_norm"]))
+    for split in losses[1:]:
+        assert split == pytest.approx(losses[0], rel=0.05)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_checkpointing_leaves_the_training_the_same(
     lm: PreTrainedModel, precision: Precision
