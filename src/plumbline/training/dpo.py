@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plumbline.data.collate import pad_right, position_ids
+from plumbline.data.batches import micro_batches
+from plumbline.data.collate import pad_right
 from plumbline.evaluation.scores import wilson_interval
 from plumbline.losses.dpo import DPOStats, dpo_loss
-from plumbline.ops.logprobs import token_logprobs
+from plumbline.models.packed_attention import take_packed
+from plumbline.models.states import states_before, token_stats
 from plumbline.params.schema import DPOParams
 from plumbline.training.checkpoint import Checkpoints, State
 from plumbline.training.precision import Precision
@@ -100,7 +102,8 @@ def train_dpo(
     policy.train()
     fit(
         _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
-        params, section="dpo", loss=loss, seed=seed, precision=precision, log=log,
+        params, section="dpo", lengths=_lengths, predicting=_predicting,
+        packed=take_packed(policy), loss=loss, seed=seed, precision=precision, log=log,
         progress=progress, stats=means, checkpoints=checkpoints,
     )  # fmt: skip
     policy.eval()
@@ -126,47 +129,37 @@ def sequence_logprobs(
         mask: bool [B, T], True = a token of prompt or response.
         response_mask: bool [B, T], True = a token of the response.
     """
-    first = int(response_mask.long().argmax(1).min())
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=False,
-        # Position t predicts token t + 1, and nothing is asked of prompts before the shortest ends.
-        logits_to_keep=ids.shape[1] - first + 1,
-    ).logits[:, :-1]
-    return sum_logprobs(logits, ids[:, first:], response_mask[:, first:])
-
-
-def sum_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Sum of log softmax(logits) at the tokens where the mask is True.
-
-    Args:
-        logits: [B, T, V]; position t predicts the token at t.
-        tokens: int64 [B, T].
-        mask: bool [B, T], True counts.
-
-    Returns:
-        [B], nats.
-    """
-    # Picked first: the gradient at a pad is 0 whatever stands there, and the copy in float32 is
-    # only as large as the responses.
-    picked = token_logprobs(logits[mask], tokens[mask])
-    return picked.new_zeros(mask.shape).masked_scatter(mask, picked).sum(1)
+    states = states_before(model, ids, mask, response_mask)
+    logprobs = token_stats(model, states, ids[response_mask]).logprobs
+    return logprobs.new_zeros(mask.shape).masked_scatter(response_mask, logprobs).sum(1)
 
 
 @torch.no_grad()
 def pair_logprobs(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> PairLogprobs:
-    """Log-probabilities of both responses of each pair, on the CPU."""
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        batch = pair_batch(rows[start : start + batch_size], pad_token_id)
+    """Log-probabilities of both responses of each pair, on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
+    logprobs = PairLogprobs(torch.empty(len(rows)), torch.empty(len(rows)))
+    for group in micro_batches(
+        [sum(_lengths(row)) for row in rows], max_tokens, packed=take_packed(model)
+    ):
+        batch = pair_batch([rows[place] for place in group], pad_token_id)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        parts.append(sequence_logprobs(model, **on_device).cpu().chunk(2))
-    chosen, rejected = zip(*parts, strict=True)
-    return PairLogprobs(torch.cat(chosen), torch.cat(rejected))
+        parts = sequence_logprobs(model, **on_device).cpu().chunk(2)
+        for side, part in zip(logprobs, parts, strict=True):
+            side[group] = part
+    return logprobs
+
+
+def _lengths(row: Row) -> list[int]:
+    return [len(row["prompt"]) + len(row[side]) for side in PairLogprobs._fields]
+
+
+def _predicting(row: Row) -> int:
+    return len(row["chosen"]) + len(row["rejected"])
 
 
 def held_out_metrics(
@@ -181,7 +174,7 @@ def held_out_metrics(
     The loss is that of all labels, as in training. Accuracy (with its 95% interval) and margin
     leave out pairs that are known to have the wrong label.
     """
-    logprobs = pair_logprobs(policy, rows, params.micro_batch_size, pad_token_id)
+    logprobs = pair_logprobs(policy, rows, params.micro_batch_tokens, pad_token_id)
     loss, _ = dpo_loss(*logprobs, *reference, params.beta, params.label_smoothing)
     metrics = {"dpo/held_out_loss": loss.item()}
     clean = torch.tensor([bool(row.get("clean", True)) for row in rows])

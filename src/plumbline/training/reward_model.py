@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plumbline.data.batches import micro_batches
 from plumbline.data.collate import pad_right
 from plumbline.losses.preference import pairwise_loss, pointwise_loss
+from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
 from plumbline.params.schema import RewardModelParams
 from plumbline.training.checkpoint import Checkpoints
@@ -128,14 +130,22 @@ def train_reward_model(
         return objective.loss(scores, labels, num_items_in_batch)
 
     def renamed(step: int, metrics: Mapping[str, float]) -> None:
-        log(step, {f"{prefix}/{name.partition('/')[2]}": value for name, value in metrics.items()})
+        mine = "reward_model/"
+        log(
+            step,
+            {
+                f"{prefix}/{name.removeprefix(mine)}" if name.startswith(mine) else name: value
+                for name, value in metrics.items()
+            },
+        )
 
     model.train()
     # A judge is trained by the same section of the params, which is what messages name.
     with trained_as_adapter(model, params.lora, seed):
         fit(
-            _Scorer(model), rows, collate, params,
-            section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
+            _Scorer(model), rows, collate, params, section="reward_model",
+            lengths=lambda row: [*map(len, objective.sequences([row]))], predicting=lambda _: 0,
+            packed=take_packed(model), loss=loss, seed=seed, precision=precision, log=renamed,
             progress=progress, checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
@@ -152,28 +162,28 @@ class PairScores(NamedTuple):
 
 @torch.no_grad()
 def score_texts(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_tokens: int, pad_token_id: int
 ) -> Tensor:
-    """Score of each sequence of token ids (prompt and response): [N], on the CPU."""
-    # Neighbours of one length need no padding.
-    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    """Score of each sequence of token ids (prompt and response): [N], on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
     scores = torch.empty(len(sequences))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        ids, mask = pad_right([sequences[place] for place in places], pad_token_id)
+    for group in micro_batches([*map(len, sequences)], max_tokens, packed=take_packed(model)):
+        ids, mask = pad_right([sequences[place] for place in group], pad_token_id)
         part = sequence_scores(model, ids.to(model.device), mask.to(model.device))
-        scores[places] = part.float().cpu()
+        scores[group] = part.float().cpu()
     return scores
 
 
 def score_pairs(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> PairScores:
     """Scores of both responses of each pair."""
     return PairScores(
         *(
             score_texts(
-                model, [[*row["prompt"], *row[side]] for row in rows], batch_size, pad_token_id
+                model, [[*row["prompt"], *row[side]] for row in rows], max_tokens, pad_token_id
             )
             for side in PairScores._fields
         )
@@ -181,10 +191,10 @@ def score_pairs(
 
 
 def score_ratings(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> Tensor:
     """Score of each rated response: [N]."""
-    return score_texts(model, Pointwise().sequences(rows), batch_size, pad_token_id)
+    return score_texts(model, Pointwise().sequences(rows), max_tokens, pad_token_id)
 
 
 class Normalisation(NamedTuple):
@@ -204,13 +214,13 @@ def normalise_on(
     prefix: str = "reward_model",
 ) -> Normalisation:
     """Shift, and if asked scale, the scores so that the demonstrations have mean 0 (and std 1)."""
-    before = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
+    before = score_texts(model, demonstrations, params.micro_batch_tokens, pad_token_id)
     mean = float(before.mean())
     std = float(before.std()) if params.normalize == "mean_std" else 1.0
     normalise_scores(model, mean, std)
     # Autocast keeps narrow copies of the weights, which have just changed.
     torch.clear_autocast_cache()
-    after = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
+    after = score_texts(model, demonstrations, params.micro_batch_tokens, pad_token_id)
     metrics = {
         f"{prefix}/raw_mean": mean,
         f"{prefix}/raw_std": float(before.std()),

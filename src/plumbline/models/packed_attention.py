@@ -1,0 +1,79 @@
+"""Attention among sequences that stand one behind the other, each to itself, without padding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from plumbline.ops.attention import causal_attention
+
+NAME = "packed_sdpa"
+"""Of torch's attention that takes packed sequences, too."""
+ONE_BLOCK = 256
+"""Tokens of a sequence whose scores are made at once on a CPU."""
+
+
+def take_packed(model: nn.Module) -> bool:
+    """Let a model take packed sequences, from now on, and return whether it can.
+
+    It can where each of its layers looks at all earlier tokens, and asks transformers for its
+    attention. Sliding windows and recurrent layers would need to know where a sequence begins.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if model.config._attn_implementation == NAME:
+        return True
+    if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return False
+    layers, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if set(layers) != {"full_attention"}:
+        return False
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def lengths_as_mask(lengths: Tensor) -> Tensor:
+    """The lengths [B] of packed sequences as an attention mask: int64 [1, 1, 1, B], on the CPU.
+
+    transformers hands a mask of four dimensions to the attention as it is.
+    """
+    return lengths.cpu().view(1, 1, 1, -1)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """torch's attention; with lengths as its mask, of each packed sequence to itself.
+
+    Args:
+        module: the layer.
+        query, key, value: [B, heads, T, head], or [1, heads, N, head] of packed sequences.
+        attention_mask: as for `sdpa`, or `lengths_as_mask`.
+        options: as for `sdpa`.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.long:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    lengths = attention_mask.flatten().tolist()
+    if query.device.type == "cpu" and max(lengths) <= ONE_BLOCK:
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        mixed = causal_attention(query[0], key[0], value[0], lengths, scale)
+        return mixed.transpose(0, 1).unsqueeze(0).contiguous(), None
+    alone = (torch.split(states, lengths, dim=2) for states in (query, key, value))
+    outputs = [
+        sdpa_attention_forward(module, *states, None, **{**options, "is_causal": True})[0]
+        for states in zip(*alone, strict=True)
+    ]
+    return torch.cat(outputs, 1), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
