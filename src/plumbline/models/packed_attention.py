@@ -36,12 +36,18 @@ def take_packed(model: nn.Module) -> bool:
     return True
 
 
-def lengths_as_mask(lengths: Tensor) -> Tensor:
-    """The lengths [B] of packed sequences as an attention mask: int64 [1, 1, 1, B], on the CPU.
+def lengths_as_mask(lengths: Tensor, shared: Tensor | None = None) -> Tensor:
+    """The lengths of packed sequences as an attention mask: int64 [1, 1, 2, B], on the CPU.
 
     transformers hands a mask of four dimensions to the attention as it is.
+
+    Args:
+        lengths: [B], of the sequences, as they stand there; at least 1 each.
+        shared: [B], tokens that a sequence begins with and that stand at the start of the last
+            whole sequence before it; 0, or none, where all are whole.
     """
-    return lengths.cpu().view(1, 1, 1, -1)
+    shared = torch.zeros_like(lengths) if shared is None else shared
+    return torch.stack([lengths, shared]).cpu()[None, None]
 
 
 def packed_attention(
@@ -54,6 +60,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """torch's attention; with lengths as its mask, of each packed sequence to itself.
 
+    What it shares with the one before it belongs to it, too.
+
     Args:
         module: the layer.
         query, key, value: [B, heads, T, head], or [1, heads, N, head] of packed sequences.
@@ -62,17 +70,35 @@ def packed_attention(
     """
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    lengths = attention_mask.flatten().tolist()
-    if query.device.type == "cpu" and max(lengths) <= ONE_BLOCK:
+    lengths, shared = attention_mask[0, 0].tolist()
+    longest = max(own + taken for own, taken in zip(lengths, shared, strict=True))
+    if query.device.type == "cpu" and longest <= ONE_BLOCK:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        mixed = causal_attention(query[0], key[0], value[0], lengths, scale)
+        mixed = causal_attention(query[0], key[0], value[0], lengths, shared, scale)
         return mixed.transpose(0, 1).unsqueeze(0).contiguous(), None
     alone = (torch.split(states, lengths, dim=2) for states in (query, key, value))
-    outputs = [
-        sdpa_attention_forward(module, *states, None, **{**options, "is_causal": True})[0]
-        for states in zip(*alone, strict=True)
-    ]
+    outputs = []
+    whole: tuple[Tensor, Tensor] | None = None
+    for q, k, v, taken in zip(*alone, shared, strict=True):
+        earlier = None
+        if not taken:
+            whole = k, v
+        else:
+            assert whole is not None
+            k, v = (
+                torch.cat([start[:, :, :taken], own], 2)
+                for start, own in zip(whole, (k, v), strict=True)
+            )
+            earlier = _earlier(q.shape[2], k.shape[2], q.device)
+        settings = {**options, "is_causal": earlier is None}
+        outputs.append(sdpa_attention_forward(module, q, k, v, earlier, **settings)[0])
     return torch.cat(outputs, 1), None
+
+
+def _earlier(queries: int, keys: int, device: torch.device) -> Tensor:
+    """What the last tokens of a sequence see of it: bool [1, 1, queries, keys]."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return seen.tril(keys - queries)[None, None]
 
 
 AttentionInterface.register(NAME, packed_attention)

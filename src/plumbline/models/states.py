@@ -23,18 +23,29 @@ class HeadStates(NamedTuple):
     """The logits are what the head, a linear layer, makes of them, and nothing else."""
 
 
-def last_states(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def last_states(
+    backbone: PreTrainedModel, ids: Tensor, mask: Tensor, *, pairs: bool = False
+) -> Tensor:
     """The last hidden state of each real token: ids and bool mask [B, T] to [N, H].
 
-    The tokens stand row by row; N counts the True of the mask. Padding costs nothing where the
-    model takes packed sequences.
+    The tokens stand row by row; N counts the True of the mask. Where the model takes packed
+    sequences, padding costs nothing; and what both rows of a pair begin with is computed once.
+
+    Args:
+        backbone: a model without its head.
+        ids: int64 [B, T].
+        mask: bool [B, T], True = a token of the sequence.
+        pairs: rows 2i and 2i + 1 are a pair, and may begin with the same tokens. They share these
+            where both stand at the left of `ids`.
     """
-    inputs, is_packed = _inputs(backbone, ids, mask)
+    inputs, places = _inputs(backbone, ids, mask, pairs=pairs)
     hidden = backbone(**inputs).last_hidden_state
-    return hidden.squeeze(0) if is_packed else hidden[mask]
+    return hidden.flatten(0, 1).index_select(0, places)
 
 
-def states_before(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor) -> HeadStates:
+def states_before(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor, *, pairs: bool = False
+) -> HeadStates:
     """Run a language model up to its head, and keep what predicts the targets.
 
     Args:
@@ -42,8 +53,9 @@ def states_before(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Te
         ids: int64 [B, T].
         mask: bool [B, T], True = a token of the sequence.
         targets: bool [B, T], True = a token to predict; never the first one of a sequence.
+        pairs: as for `last_states`.
     """
-    inputs, is_packed = _inputs(model, ids, mask)
+    inputs, places = _inputs(model, ids, mask, pairs=pairs)
     head = model.get_output_embeddings()
     before: list[Tensor] = []
     after: list[Tensor] = []
@@ -66,10 +78,10 @@ def states_before(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Te
         undone.callback(head.register_forward_pre_hook(keep).remove)
         undone.callback(head.register_forward_hook(note).remove)
         logits = model(**inputs).logits
-    hidden = before[0].squeeze(0) if is_packed else before[0][mask]
     # Each token is predicted from the one before it.
-    places = targets[mask].nonzero().squeeze(1) - 1
-    return HeadStates(hidden[places], type(head) is nn.Linear and logits is after[0])
+    places = places[targets[mask].nonzero().squeeze(1) - 1]
+    hidden = before[0].flatten(0, 1).index_select(0, places)
+    return HeadStates(hidden, type(head) is nn.Linear and logits is after[0])
 
 
 def token_stats(
@@ -114,19 +126,43 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[dict[str, Any], bool]:
-    """What the model takes for the sequences, and whether they are packed."""
+def _inputs(
+    model: nn.Module, ids: Tensor, mask: Tensor, *, pairs: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """What the model takes for the sequences, and where it leaves the state of each real token.
+
+    The places [N] count the states [_, _, H] of the model one by one.
+    """
     positions = position_ids(mask)
-    if take_packed(model):
-        return {
-            "input_ids": ids[mask].unsqueeze(0),
-            "attention_mask": lengths_as_mask(mask.sum(1)),
-            "position_ids": positions[mask].unsqueeze(0),
+    if not take_packed(model):
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "position_ids": positions,
             "use_cache": False,
-        }, True
+        }
+        return inputs, mask.flatten().nonzero().squeeze(1)
+    shared = _shared(ids, mask) if pairs else torch.zeros_like(mask[:, 0], dtype=torch.long)
+    own = mask & (positions >= shared.unsqueeze(1))
+    lengths = own.sum(1)
+    # A sequence with which another one begins has nothing of its own.
+    kept = lengths > 0
+    places = own.flatten().cumsum(0).view_as(ids) - 1
+    if pairs:
+        places[1::2] = torch.where(own[1::2], places[1::2], places[::2])
     return {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "position_ids": positions,
+        "input_ids": ids[own].unsqueeze(0),
+        "attention_mask": lengths_as_mask(lengths[kept], shared[kept]),
+        "position_ids": positions[own].unsqueeze(0),
         "use_cache": False,
-    }, False
+    }, places[mask]
+
+
+def _shared(ids: Tensor, mask: Tensor) -> Tensor:
+    """How many tokens the second row of each pair begins with as the first one does, [B], else 0.
+
+    Rows that don't begin in the first column share nothing.
+    """
+    alike = (ids[::2] == ids[1::2]) & mask[::2] & mask[1::2]
+    count = alike.long().cumprod(1).sum(1)
+    return torch.stack([torch.zeros_like(count), count], 1).flatten()

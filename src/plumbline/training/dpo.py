@@ -9,6 +9,13 @@ from transformers import PreTrainedModel
 
 from plumbline.data.batches import micro_batches
 from plumbline.data.collate import pad_right
+from plumbline.data.pairs import (
+    SIDES,
+    computed_tokens,
+    pair_lengths,
+    pair_sequences,
+    shared_tokens,
+)
 from plumbline.evaluation.scores import wilson_interval
 from plumbline.losses.dpo import DPOStats, dpo_loss
 from plumbline.models.packed_attention import take_packed
@@ -40,8 +47,9 @@ class _PairReader(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> PairLogprobs:
-        """Log-probabilities of ids [2B, T], the chosen first, then the rejected."""
-        return PairLogprobs(*sequence_logprobs(self.model, ids, mask, response_mask).chunk(2))
+        """Log-probabilities of a `pair_batch`."""
+        logprobs = sequence_logprobs(self.model, ids, mask, response_mask)
+        return PairLogprobs(*logprobs.view(-1, 2).unbind(1))
 
 
 def train_dpo(
@@ -102,18 +110,17 @@ def train_dpo(
     policy.train()
     fit(
         _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
-        params, section="dpo", lengths=_lengths, predicting=_predicting,
-        packed=take_packed(policy), loss=loss, seed=seed, precision=precision, log=log,
-        progress=progress, stats=means, checkpoints=checkpoints,
+        params, section="dpo", lengths=pair_lengths, shared=shared_tokens,
+        predicting=_predicting, packed=take_packed(policy), loss=loss, seed=seed,
+        precision=precision, log=log, progress=progress, stats=means, checkpoints=checkpoints,
     )  # fmt: skip
     policy.eval()
 
 
 def pair_batch(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Pairs to `ids`, `mask` and `response_mask`, all [2B, T], the chosen responses first."""
-    sides = [(row["prompt"], row[side]) for side in PairLogprobs._fields for row in rows]
-    ids, mask = pad_right([[*prompt, *response] for prompt, response in sides], pad_token_id)
-    starts = torch.tensor([len(prompt) for prompt, _ in sides])
+    """Pairs to `ids`, `mask` and `response_mask`, all [2B, T]: chosen, rejected, chosen, …"""
+    ids, mask = pad_right(pair_sequences(rows), pad_token_id)
+    starts = torch.tensor([len(row["prompt"]) for row in rows for _ in SIDES])
     in_response = torch.arange(ids.shape[1]) >= starts.unsqueeze(1)
     return {"ids": ids, "mask": mask, "response_mask": mask & in_response}
 
@@ -125,11 +132,11 @@ def sequence_logprobs(
 
     Args:
         model: a causal language model.
-        ids: int64 [B, T], prompts with responses, right-padded.
+        ids: int64 [B, T], prompts with responses, right-padded; rows 2i and 2i + 1 are a pair.
         mask: bool [B, T], True = a token of prompt or response.
         response_mask: bool [B, T], True = a token of the response.
     """
-    states = states_before(model, ids, mask, response_mask)
+    states = states_before(model, ids, mask, response_mask, pairs=True)
     logprobs = token_stats(model, states, ids[response_mask]).logprobs
     return logprobs.new_zeros(mask.shape).masked_scatter(response_mask, logprobs).sum(1)
 
@@ -142,20 +149,14 @@ def pair_logprobs(
 
     At most `max_tokens` tokens are read at a time.
     """
-    logprobs = PairLogprobs(torch.empty(len(rows)), torch.empty(len(rows)))
-    for group in micro_batches(
-        [sum(_lengths(row)) for row in rows], max_tokens, packed=take_packed(model)
-    ):
+    logprobs = torch.empty(len(rows), 2)
+    packed = take_packed(model)
+    sizes = [computed_tokens(row, packed=packed) for row in rows]
+    for group in micro_batches(sizes, max_tokens, packed=packed):
         batch = pair_batch([rows[place] for place in group], pad_token_id)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        parts = sequence_logprobs(model, **on_device).cpu().chunk(2)
-        for side, part in zip(logprobs, parts, strict=True):
-            side[group] = part
-    return logprobs
-
-
-def _lengths(row: Row) -> list[int]:
-    return [len(row["prompt"]) + len(row[side]) for side in PairLogprobs._fields]
+        logprobs[group] = sequence_logprobs(model, **on_device).cpu().view(-1, 2)
+    return PairLogprobs(*logprobs.unbind(1))
 
 
 def _predicting(row: Row) -> int:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from plumbline.data.batches import micro_batches
 from plumbline.data.collate import pad_right
+from plumbline.data.pairs import computed_tokens, pair_sequences, shared_tokens
 from plumbline.losses.preference import pairwise_loss, pointwise_loss
 from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
@@ -30,6 +31,9 @@ class Objective(Protocol):
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
         """The token ids that are scored."""
 
+    def shared(self, row: Row) -> int:
+        """How many tokens two sequences of a row begin with alike."""
+
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """One label a row."""
 
@@ -43,8 +47,12 @@ class Pairwise(NamedTuple):
     centering: float
 
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
-        """First all chosen responses, then all rejected ones, each after its prompt."""
-        return [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+        """Of each row the chosen response after its prompt, then the rejected one."""
+        return pair_sequences(rows)
+
+    def shared(self, row: Row) -> int:
+        """The prompt's tokens, and those that both responses begin with."""
+        return shared_tokens(row)
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """The margins."""
@@ -52,7 +60,7 @@ class Pairwise(NamedTuple):
 
     def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
         """The pairwise loss of scores [2B]."""
-        chosen, rejected = scores.chunk(2)
+        chosen, rejected = scores.view(-1, 2).unbind(1)
         return pairwise_loss(chosen, rejected, labels, self.centering, num_rows)[0]
 
 
@@ -62,6 +70,10 @@ class Pointwise(NamedTuple):
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
         """Each response after its prompt."""
         return [[*row["prompt"], *row["response"]] for row in rows]
+
+    def shared(self, row: Row) -> int:
+        """None: a row has one sequence."""
+        return 0
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """Whether the raters called the response good."""
@@ -80,13 +92,14 @@ def objective_of(params: RewardModelParams) -> Objective:
 class _Scorer(nn.Module):
     """The reward model with scoring as its forward, which is what the Trainer's wrappers see."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, pairs: bool) -> None:
         super().__init__()
         self.model = model
+        self.pairs = pairs
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores [N] of ids and bool mask [N, T]."""
-        return sequence_scores(self.model, ids, mask)
+        return sequence_scores(self.model, ids, mask, pairs=self.pairs)
 
 
 def train_reward_model(
@@ -143,10 +156,10 @@ def train_reward_model(
     # A judge is trained by the same section of the params, which is what messages name.
     with trained_as_adapter(model, params.lora, seed):
         fit(
-            _Scorer(model), rows, collate, params, section="reward_model",
-            lengths=lambda row: [*map(len, objective.sequences([row]))], predicting=lambda _: 0,
-            packed=take_packed(model), loss=loss, seed=seed, precision=precision, log=renamed,
-            progress=progress, checkpoints=checkpoints,
+            _Scorer(model, pairs=isinstance(objective, Pairwise)), rows, collate, params,
+            section="reward_model", lengths=lambda row: [*map(len, objective.sequences([row]))],
+            shared=objective.shared, predicting=lambda _: 0, packed=take_packed(model), loss=loss,
+            seed=seed, precision=precision, log=renamed, progress=progress, checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
 
@@ -176,18 +189,22 @@ def score_texts(
     return scores
 
 
+@torch.no_grad()
 def score_pairs(
     model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> PairScores:
-    """Scores of both responses of each pair."""
-    return PairScores(
-        *(
-            score_texts(
-                model, [[*row["prompt"], *row[side]] for row in rows], max_tokens, pad_token_id
-            )
-            for side in PairScores._fields
-        )
-    )
+    """Scores of both responses of each pair, on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
+    scores = torch.empty(len(rows), 2)
+    packed = take_packed(model)
+    sizes = [computed_tokens(row, packed=packed) for row in rows]
+    for group in micro_batches(sizes, max_tokens, packed=packed):
+        ids, mask = pad_right(pair_sequences([rows[place] for place in group]), pad_token_id)
+        part = sequence_scores(model, ids.to(model.device), mask.to(model.device), pairs=True)
+        scores[group] = part.float().cpu().view(-1, 2)
+    return PairScores(*scores.unbind(1))
 
 
 def score_ratings(

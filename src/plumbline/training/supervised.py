@@ -28,6 +28,7 @@ def fit(
     *,
     section: str,
     lengths: Callable[[Mapping[str, Any]], Sequence[int]],
+    shared: Callable[[Mapping[str, Any]], int] = lambda _: 0,
     predicting: Callable[[Mapping[str, Any]], int],
     packed: bool,
     loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
@@ -47,6 +48,8 @@ def fit(
         params: batches, epochs, learning rate.
         section: the params section, for messages and metric names.
         lengths: of a row's sequences, tokens.
+        shared: tokens that a packed model does not compute again, since two of a row's sequences
+            begin with them.
         predicting: tokens of a row that the model's head is asked about.
         packed: whether the model takes a micro-batch without padding.
         loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
@@ -64,13 +67,21 @@ def fit(
 
     cost = Cost.of(model)
 
+    def spared(row: Mapping[str, Any]) -> int:
+        return shared(row) if packed else 0
+
+    def size(row: Mapping[str, Any]) -> int:
+        return sum(lengths(row)) - spared(row)
+
     def split(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
-        sizes = [sum(lengths(row)) for row in batch]
+        sizes = [*map(size, batch)]
         groups = micro_batches(sizes, params.micro_batch_tokens, packed=packed)
         parts = [collate([batch[place] for place in group]) for group in groups]
         every = [length for row in batch for length in lengths(row)]
         computed = sum(sizes) if packed else sum(map(_elements, parts))
-        work = Work(sum(sizes), computed, cost.training(every, sum(map(predicting, batch))))
+        flops = cost.training(every, sum(map(predicting, batch)))
+        flops -= cost.training([*map(spared, batch)], 0)
+        work = Work(sum(sizes), computed, flops)
         return {"micro_batches": parts, "work": work, "rows": len(batch)}
 
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)
@@ -113,7 +124,7 @@ def fit(
             compute_loss_func=loss,
         )
         ways = training_ways(
-            section, params.micro_batch_tokens, max(sum(lengths(row)) for row in rows),
+            section, params.micro_batch_tokens, max(map(size, rows)),
             params.gradient_checkpointing,
         )  # fmt: skip
         with (

@@ -1,4 +1,4 @@
-"""Hidden states and log-probabilities, packed or padded, against each sequence alone."""
+"""Hidden states and log-probabilities, packed, shared or padded, against each sequence alone."""
 
 import copy
 from typing import Any
@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from plumbline.data.collate import pad_left, pad_right
-from plumbline.models import states
+from plumbline.models import packed_attention, states
 from plumbline.models.packed_attention import NAME, take_packed
 from plumbline.models.states import last_states, states_before, token_stats
 from plumbline.params.schema import LoraParams
 from plumbline.rollout.generate import sample_responses
 from plumbline.training.lora import add_adapter
+from plumbline.training.supervised import checkpointing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -76,13 +77,14 @@ def alone(model: PreTrainedModel, sequences: list[list[int]], temperature: float
 
 
 def compare(
-    model: PreTrainedModel, sequences: list[list[int]], side: Any, near: float, *, is_linear: bool
-) -> None:
+    model: PreTrainedModel, sequences: list[list[int]], side: Any, near: float, *,
+    is_linear: bool, pairs: bool = False,
+) -> None:  # fmt: skip
     """Numbers and gradients are those of each sequence alone, whatever the padding."""
     reference = copy.deepcopy(model)
     ids, mask = side(sequences, 0)
     targets = targets_of(mask)
-    before = states_before(model, ids, mask, targets)
+    before = states_before(model, ids, mask, targets, pairs=pairs)
     assert before.is_linear == is_linear
     assert before.hidden.shape == (int(targets.sum()), 32)
     mine = token_stats(model, before, ids[targets], 0.7)
@@ -123,9 +125,47 @@ def test_models_that_do_more_to_logits_or_see_less_give_their_own_numbers(
     compare(other_lm, sequences, side, 2e-4, is_linear=is_linear)
 
 
-def test_a_model_with_an_adapter_is_read_with_it(
-    lm: PreTrainedModel, sequences: list[list[int]]
+# Two that part after some tokens, in the middle and at the end; two of which one begins with the
+# other, either way; two that have nothing in common; and two that are the same.
+PAIRS = [
+    [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 12],
+    [20, 21, 22, 23, 24, 25], [20, 21, 22, 23, 24, 26],
+    [30, 31, 32], [30, 31, 32, 33, 34],
+    [40, 41, 42, 43, 44], [40, 41, 42],
+    [50, 51, 52], [60, 51, 52, 53],
+    [70, 71, 72, 73], [70, 71, 72, 73],
+]  # fmt: skip
+DIFFERENT = 7 + 1 + 6 + 1 + 5 + 5 + 3 + 4 + 4
+
+
+@pytest.mark.parametrize("one_block", [256, 1])
+def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone(
+    family_lm: PreTrainedModel, one_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Both ways to attend.
+    monkeypatch.setattr(packed_attention, "ONE_BLOCK", one_block)
+    read: list[int] = []
+    family_lm.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].numel())
+    )
+    model = family_lm.double()
+    with checkpointing(model):
+        compare(model, PAIRS, pad_right, 1e-9, is_linear=True, pairs=True)
+    assert read[0] == DIFFERENT
+    model.zero_grad()
+    compare(model, PAIRS, pad_left, 1e-9, is_linear=True, pairs=True)
+
+
+def test_a_model_that_is_not_packed_shares_nothing(other_lm: PreTrainedModel) -> None:
+    is_linear = isinstance(other_lm, MistralForCausalLM)
+    compare(other_lm, PAIRS, pad_right, 2e-4, is_linear=is_linear, pairs=True)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_model_with_an_adapter_is_read_with_it(
+    lm: PreTrainedModel, sequences: list[list[int]], pairs: bool
+) -> None:
+    sequences = PAIRS if pairs else sequences
     add_adapter(lm, LoraParams(enabled=True, rank=4), seed=0)
     with torch.no_grad():
         for name, weight in lm.named_parameters():
@@ -133,7 +173,7 @@ def test_a_model_with_an_adapter_is_read_with_it(
                 weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     ids, mask = pad_right(sequences, 0)
     targets = targets_of(mask)
-    before = states_before(lm, ids, mask, targets)
+    before = states_before(lm, ids, mask, targets, pairs=pairs)
     mine = token_stats(lm, before, ids[targets])
     torch.testing.assert_close(mine.logprobs, alone(lm, sequences, 1.0)[0], atol=1e-4, rtol=0)
     mine.logprobs.sum().backward()
@@ -142,12 +182,15 @@ def test_a_model_with_an_adapter_is_read_with_it(
     assert lm.get_output_embeddings().weight.grad is None
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 def test_last_states_are_those_of_each_sequence_alone(
-    family_lm: PreTrainedModel, sequences: list[list[int]]
+    family_lm: PreTrainedModel, sequences: list[list[int]], pairs: bool
 ) -> None:
-    ids, mask = pad_left(sequences, 0)
+    sequences = PAIRS if pairs else sequences
+    ids, mask = pad_right(sequences, 0) if pairs else pad_left(sequences, 0)
     with torch.no_grad():
-        mine = last_states(family_lm.base_model, ids, mask).split([len(s) for s in sequences])
+        states_of_all = last_states(family_lm.base_model, ids, mask, pairs=pairs)
+        mine = states_of_all.split([len(s) for s in sequences])
         for states_of, sequence in zip(mine, sequences, strict=True):
             whole = family_lm.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
             torch.testing.assert_close(states_of, whole, atol=1e-4, rtol=0)

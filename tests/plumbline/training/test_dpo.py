@@ -133,17 +133,17 @@ def test_a_batch_marks_the_tokens_of_the_responses() -> None:
     batch = pair_batch(rows, PAD)
     assert batch["ids"].tolist() == [
         [7, 8, 5, EOS, PAD],
-        [9, PAD, 6, 6, EOS],
         [7, 8, EOS, PAD, PAD],
+        [9, PAD, 6, 6, EOS],
         [9, 5, EOS, PAD, PAD],
     ]
     assert batch["response_mask"].int().tolist() == [
         [0, 0, 1, 1, 0],
-        [0, 1, 1, 1, 1],
         [0, 0, 1, 0, 0],
+        [0, 1, 1, 1, 1],
         [0, 1, 1, 0, 0],
     ]
-    assert batch["mask"].sum(1).tolist() == [4, 5, 3, 3]
+    assert batch["mask"].sum(1).tolist() == [4, 3, 5, 3]
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])

@@ -123,24 +123,39 @@ def test_a_repeated_query_is_counted_once(models: Models) -> None:
     assert work.flops == pytest.approx(cost.forward([4, 3, 2], 5) - cost.forward([3], 0))
 
 
-def test_a_training_logs_its_pace() -> None:
+@pytest.mark.parametrize(
+    ("lengths", "shared", "packed", "tokens", "passes"),
+    [
+        ([1], 0, True, 1, 2),
+        # Packed, four rows of 3 + 2 tokens fit into 12, since two of them stand there once.
+        ([3, 2], 2, True, 3, 2),
+        ([3, 2], 2, False, 5, 4),
+    ],
+)
+def test_a_training_logs_its_pace(
+    lengths: list[int], shared: int, packed: bool, tokens: int, passes: int
+) -> None:
     logged: list[dict[str, float]] = []
+    seen: list[int] = []
     model = torch.nn.Linear(1, 1)
+    model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     fit(
         model, [{"x": 1.0 * row} for row in range(8)],
         lambda rows: {
             "input": torch.tensor([[row["x"]] for row in rows]), "labels": torch.ones(len(rows))
         },
-        SupervisedParams(epochs=1, batch_size=4),
-        section="sft", lengths=lambda _: [1], predicting=lambda _: 0, packed=True,
+        SupervisedParams(epochs=1, batch_size=4, micro_batch_tokens=12),
+        section="sft", lengths=lambda _: lengths, shared=lambda _: shared,
+        predicting=lambda _: 0, packed=packed,
         loss=lambda y, labels, num_items_in_batch: y.sum() / num_items_in_batch,
         seed=0, precision="fp32", log=lambda _, metrics: logged.append(dict(metrics)),
         progress=lambda *_: None,
     )  # fmt: skip
     (row,) = logged
-    # Eight rows of one token, one weight: forward, and two gradients.
+    # Eight rows, one weight: forward, and two gradients.
     assert row["perf/rows_per_s"] == pytest.approx(8 / row["time/update_s"])
-    assert row["perf/tokens_per_s"] == pytest.approx(8 / row["time/update_s"])
-    assert row["perf/flops_per_s"] == pytest.approx(8 * 6 / row["time/update_s"])
-    assert row["perf/padding_share"] == 0
+    assert row["perf/tokens_per_s"] == pytest.approx(8 * tokens / row["time/update_s"])
+    assert row["perf/flops_per_s"] == pytest.approx(8 * tokens * 6 / row["time/update_s"])
+    assert row["perf/padding_share"] == 0 or not packed
     assert row["perf/mfu"] < 1
+    assert len(seen) == passes
