@@ -138,7 +138,7 @@ def test_a_training_logs_its_pace(
     logged: list[dict[str, float]] = []
     seen: list[int] = []
     model = torch.nn.Linear(1, 1)
-    model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    model.register_forward_hook(lambda *_: seen.append(1))
     fit(
         model, [{"x": 1.0 * row} for row in range(8)],
         lambda rows: {
