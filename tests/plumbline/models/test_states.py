@@ -156,7 +156,9 @@ def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone
     compare(model, PAIRS, pad_left, 1e-9, is_linear=True, pairs=True)
 
 
-def test_a_model_that_is_not_packed_shares_nothing(other_lm: PreTrainedModel) -> None:
+def test_models_that_do_more_or_see_less_give_their_own_numbers_of_pairs(
+    other_lm: PreTrainedModel,
+) -> None:
     is_linear = isinstance(other_lm, MistralForCausalLM)
     compare(other_lm, PAIRS, pad_right, 2e-4, is_linear=is_linear, pairs=True)
 
