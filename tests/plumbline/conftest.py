@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -105,6 +106,21 @@ def shared_family_lm(request: pytest.FixtureRequest) -> PreTrainedModel:
 def family_lm(shared_family_lm: PreTrainedModel) -> PreTrainedModel:
     """A tiny language model of each family that users bring, a copy that a test may train."""
     return copy.deepcopy(shared_family_lm)
+
+
+@pytest.fixture(scope="session")
+def in_double() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Makes a model count in float64 throughout: some would take their norms in float32."""
+
+    def widen(model: PreTrainedModel) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "variance_epsilon"):
+                norm = nn.RMSNorm(len(module.weight), module.variance_epsilon)
+                norm.weight = module.weight
+                model.set_submodule(name, norm)
+        return model.double()
+
+    return widen
 
 
 @pytest.fixture(scope="session")

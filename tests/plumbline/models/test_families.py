@@ -154,10 +154,10 @@ def test_scores_are_the_same_padded_or_alone(
 
 
 def test_the_loss_of_pairs_and_its_gradient_are_those_of_each_sequence_alone(
-    scalar_model: PreTrainedModel,
+    scalar_model: PreTrainedModel, in_double: Any
 ) -> None:
     pairs = [[5, 6, 7, 8, 9, 10, EOS], [5, 6, 7, 8, 12, EOS], [20, 21, EOS], [20, 30, 31, EOS]]
-    model = scalar_model.double()
+    model = in_double(scalar_model)
     other = copy.deepcopy(model)
     alone = [other.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in pairs]
     expected = torch.stack([state @ other.score.weight[0] for state in alone])

@@ -140,7 +140,7 @@ DIFFERENT = 7 + 1 + 6 + 1 + 5 + 5 + 3 + 4 + 4
 
 @pytest.mark.parametrize("one_block", [256, 1])
 def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone(
-    family_lm: PreTrainedModel, one_block: int, monkeypatch: pytest.MonkeyPatch
+    family_lm: PreTrainedModel, one_block: int, in_double: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Both ways to attend.
     monkeypatch.setattr(packed_attention, "ONE_BLOCK", one_block)
@@ -148,7 +148,7 @@ def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone
     family_lm.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: read.append(inputs[0].numel())
     )
-    model = family_lm.double()
+    model = in_double(family_lm)
     with checkpointing(model):
         compare(model, PAIRS, pad_right, 1e-9, is_linear=True, pairs=True)
     assert read[0] == DIFFERENT
