@@ -23,6 +23,7 @@ from transformers import (
 
 from plumbline.data.tokenize import ChatEncoder, train_tokenizer
 from plumbline.models.load import build_scratch_model
+from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import scalar_model_from_lm
 from plumbline.params.schema import ScratchModel
 
@@ -61,6 +62,8 @@ def shared_lm(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(10)
+    # Which tries it out; some tests count what is read from then on.
+    assert take_packed(model)
     return model
 
 
@@ -137,7 +140,9 @@ def lm_folder(
 
 @pytest.fixture(scope="session")
 def shared_scorer(lm_folder: Path) -> PreTrainedModel:
-    return scalar_model_from_lm(lm_folder, seed=1).eval()
+    model = scalar_model_from_lm(lm_folder, seed=1).eval()
+    assert take_packed(model)
+    return model
 
 
 @pytest.fixture

@@ -27,5 +27,9 @@ def shared_tokens(row: Row) -> int:
 
 
 def computed_tokens(row: Row, *, packed: bool) -> int:
-    """Tokens that a model reads for a row; packed, those that both begin with count once."""
-    return sum(pair_lengths(row)) - (shared_tokens(row) if packed else 0)
+    """Tokens that a model reads for a row.
+
+    Packed, those that both begin with count once; else the shorter one's padding counts, too.
+    """
+    lengths = pair_lengths(row)
+    return sum(lengths) - shared_tokens(row) if packed else 2 * max(lengths)

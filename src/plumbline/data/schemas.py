@@ -40,7 +40,7 @@ def schema_of(
 ) -> pa.DataFrameSchema:
     """The rules of a table with findings; the length rules need `<field>_tokens` columns.
 
-    Null is allowed everywhere: a null field was reported by `formats.read_table`, and saying
+    Null is allowed everywhere: a null field was reported by `formats.read_batches`, and saying
     "blank text" of a field that holds a number would send the user the wrong way.
     """
     columns = {"row": pa.Column("int64")}
@@ -75,7 +75,7 @@ def broken_rules(frame: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFram
     else:
         return pd.DataFrame({"index": [], "field": [], "reason": []})
     if (faults := cases[cases["index"].isna()]).size:
-        # Not the user's fault: the frame did not come from `read_table`.
+        # Not the user's fault: the frame did not come from `read_batches`.
         raise TypeError(f"expected canonical rows, got {faults.to_dict('records')}")
     fields = [
         _REASONS[column][0] if column in _REASONS else column.removesuffix(_TOKENS)

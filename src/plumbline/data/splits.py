@@ -13,7 +13,7 @@ Split = Literal["train", "test"]
 def prompt_id(prompt: str) -> str:
     """SHA-256 (64 hex digits) of a conversation, blind to case, white space and Unicode form.
 
-    `prompt` is the canonical JSON of a list of messages (`formats.read_table`). Prompts that a
+    `prompt` is the canonical JSON of a list of messages (`formats.read_batches`). Prompts that a
     reader would call the same must not be trained on here and tested on there, so each content is
     brought to NFKC, case-folded, and its white space collapsed before it is hashed.
     """

@@ -10,8 +10,12 @@ from transformers import PreTrainedModel
 
 from plumbline.data.collate import position_ids
 from plumbline.models.packed_attention import lengths_as_mask, take_packed
-from plumbline.ops.linear_logprobs import BLOCK_BYTES, TokenStats, linear_logprobs
+from plumbline.ops.linear_logprobs import TokenStats, linear_logprobs
 from plumbline.ops.logprobs import entropy, token_logprobs
+
+WHOLE_BYTES = 2**28
+"""Of logits that exist at a time where a model makes them itself: each time costs a token's way
+through all of its layers, twice."""
 
 
 class HeadStates(NamedTuple):
@@ -103,7 +107,7 @@ def token_stats(
         logits = _logits(model, hidden)
         return TokenStats(token_logprobs(logits, chosen, temperature), entropy(logits, temperature))
 
-    rows = max(1, BLOCK_BYTES // (4 * len(head.weight)))
+    rows = max(1, WHOLE_BYTES // (4 * len(head.weight)))
     parts = [
         checkpoint(stats, *part, use_reentrant=False)
         for part in zip(torch.split(states.hidden, rows), torch.split(tokens, rows), strict=True)

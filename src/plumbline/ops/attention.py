@@ -30,14 +30,14 @@ def causal_attention(
     Args:
         query: [heads, N, D], the sequences one behind the other.
         key: [groups, N, D]; a group of heads shares its keys and values.
-        value: [groups, N, D].
+        value: [groups, N, E].
         lengths: of the sequences, as they stand there; at least 1 each, their sum is N.
         shared: how many tokens each of them begins with that stand at the start of the last
             sequence before it that stands there whole. 0: it stands there whole.
         scale: of the scores.
 
     Returns:
-        [heads, N, D], as wide as the values. Scores and probabilities are in float32 or wider.
+        [heads, N, E], of the values' dtype. Scores and probabilities are in float32 or wider.
     """
     mixed: Tensor = _CausalAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, tuple(lengths), tuple(shared), scale
@@ -56,7 +56,7 @@ class _CausalAttention(Function):
         shared: tuple[int, ...],
         scale: float,
     ) -> Tensor:
-        output = value.new_empty(query.shape)
+        output = value.new_empty((*query.shape[:-1], value.shape[-1]))
         longest = max(own + taken for own, taken in zip(lengths, shared, strict=True))
         later = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu(1)
         kept = []

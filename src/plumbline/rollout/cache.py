@@ -3,20 +3,23 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Further tokens that there is room for before keys and values have to be copied."""
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, which a further token is written into without copying them.
+    """One layer's keys and values, which most further tokens are written into without a copy.
 
     They are as narrow as autocast would make them in each step.
     """
 
-    def __init__(self, rows: int, length: int, room: int) -> None:
-        """Of so many rows: `length` tokens, which `put` fills in, and `room` for more."""
+    def __init__(self, rows: int, length: int) -> None:
+        """Of so many rows: `length` tokens, which `put` fills in, and room for more."""
         super().__init__()
-        self.shape = rows, length + room
+        self.rows = rows
         self.length = length
 
     def put(self, layer: DynamicLayer, tokens: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -39,10 +42,11 @@ class RoomyLayer(DynamicLayer):
         # Zeros, for what stands on padding has no weight, and 0 * NaN is NaN.
         self._all_keys, self._all_values = (
             states.new_zeros(
-                self.shape[0], states.shape[1], self.shape[1], states.shape[3], dtype=_width(states)
+                self.rows, states.shape[1], self.length + ROOM, states.shape[3],
+                dtype=_width(states),
             )
             for states in (key_states, value_states)
-        )
+        )  # fmt: skip
         self.is_initialized = True
 
     def update(
@@ -50,6 +54,8 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Add tokens, [B, heads, T, head], and return all there are."""
         place = slice(self.length, self.length + key_states.shape[2])
+        if place.stop > self._all_keys.shape[2]:
+            self._all_keys, self._all_values = map(_with_room, (self.keys, self.values))
         self._all_keys[:, :, place] = key_states
         self._all_values[:, :, place] = value_states
         self.length = place.stop
@@ -58,13 +64,18 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, int64 [B]."""
-        self._all_keys = self._all_keys.index_select(0, beam_idx)
-        self._all_values = self._all_values.index_select(0, beam_idx)
+        self._all_keys = _with_room(self.keys.index_select(0, beam_idx))
+        self._all_values = _with_room(self.values.index_select(0, beam_idx))
         self._show()
 
     def _show(self) -> None:
         self.keys = self._all_keys[:, :, : self.length]
         self.values = self._all_values[:, :, : self.length]
+
+
+def _with_room(states: Tensor) -> Tensor:
+    """The same [B, heads, T, head] with zeros for more tokens."""
+    return nn.functional.pad(states, (0, 0, 0, ROOM))
 
 
 def _width(states: Tensor) -> torch.dtype:

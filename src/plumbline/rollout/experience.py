@@ -61,7 +61,10 @@ class Sequences(NamedTuple):
         """The rows in groups of at most so many tokens, or in one: `data.batches.micro_batches`."""
         if max_tokens is None:
             return [torch.arange(len(self.ids), device=self.ids.device)]
-        groups = micro_batches(self.mask.sum(1).tolist(), max_tokens, packed=packed)
+        tokens, said = self.mask.sum(1), self.response_mask.sum(1)
+        # Padded on both sides, a group is as wide as its longest query and longest response.
+        lengths = tokens if packed else said + (tokens - said).max()
+        groups = micro_batches(lengths.tolist(), max_tokens, packed=packed)
         return [torch.tensor(group, device=self.ids.device) for group in groups]
 
 

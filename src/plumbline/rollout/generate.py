@@ -158,7 +158,7 @@ def _read(
     attention[:, :width] = mask[prompt_of]
     read = int(mask.sum())
     if take_packed(model):
-        cache, logits = _read_packed(model, ids, mask, prompt_of, room)
+        cache, logits = _read_packed(model, ids, mask, prompt_of)
     else:
         read = mask.numel()
         cache = DynamicCache(config=model.config)
@@ -175,7 +175,7 @@ def _read(
 
 
 def _read_packed(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_of: Tensor, room: int
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_of: Tensor
 ) -> tuple[Cache, Tensor]:
     """Read left-padded prompts [P, Q] without their padding.
 
@@ -209,7 +209,7 @@ def _read_packed(
         row = rows[place]
         token = starts[prompt_of[row]] + column
         if cache is None:
-            cache = Cache(layers=[RoomyLayer(len(prompt_of), width, room) for _ in seen.layers])
+            cache = Cache(layers=[RoomyLayer(len(prompt_of), width) for _ in seen.layers])
         for layer, packed in zip(cache.layers, seen.layers, strict=True):
             layer.put(packed, token, row, column)
     assert cache is not None

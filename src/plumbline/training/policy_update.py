@@ -123,6 +123,7 @@ def update(
             models, experience.sequences.rows(mini_batch), params.micro_batch_tokens
         )
         if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
+            done.work = work
             break
         with uninterrupted():
             optimizer.adam.step()
@@ -156,6 +157,8 @@ def _accumulate(
 ) -> dict[str, float]:
     """Leave the clipped gradient of a mini-batch, which does not depend on its micro-batches."""
     params = setting.params
+    # Shuffled on the CPU, whose generator is saved.
+    mini_batch = mini_batch.to(experience.logprobs.device)
     sequences = experience.sequences.rows(mini_batch)
     num_tokens = int(sequences.response_mask.sum())
     groups = sequences.micro_batches(params.micro_batch_tokens, packed=take_packed(models.policy))
@@ -231,7 +234,7 @@ def _policy_loss(
         "val/ratio": float(policy.ratio) / num_tokens,
     }
     if isinstance(models.critic, ValueHead):
-        values = critic_values(models.critic, sequences, states.hidden)
+        values = trunk_values(models.critic, sequences, states.hidden)
         loss_value, value_stats = _value_loss(experience, rows, values, mask, params, num_tokens)
         loss, stats = loss + loss_value, stats | value_stats
     if params.kl_in == "loss":
@@ -289,16 +292,12 @@ def _value_loss(
     }
 
 
-def critic_values(
-    critic: PreTrainedModel | ValueHead, sequences: Sequences, hidden: Tensor
-) -> Tensor:
-    """The critic's value before each response token: float32 [B, R], 0 on padding.
+def trunk_values(critic: ValueHead, sequences: Sequences, hidden: Tensor) -> Tensor:
+    """The value before each response token by a head on the policy's trunk: float32 [B, R].
 
     Args:
-        critic: a scalar model, or a head on the policy's trunk.
-        sequences: the queries with the responses.
+        critic: the head.
+        sequences: the queries with the responses; 0 on their padding.
         hidden: [N, H], of the policy, before each of the N response tokens.
     """
-    if isinstance(critic, ValueHead):
-        return sequences.spread(critic(hidden).float())
-    return response_values(critic, sequences).float()
+    return sequences.spread(critic(hidden).float())

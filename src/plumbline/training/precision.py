@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from plumbline.models.packed_attention import take_packed
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -36,6 +38,8 @@ def hold_narrow(model: PreTrainedModel, precision: Precision) -> PreTrainedModel
     Embeddings, norms and heads stay in fp32. Changes the model, and returns it.
     """
     if precision == "bf16":
+        # It tries that out, for which all weights have to be of one width.
+        take_packed(model)
         for module in getattr(model, model.base_model_prefix).modules():
             if isinstance(module, nn.Linear | Conv1D):
                 module.weight.requires_grad_(False)

@@ -33,7 +33,7 @@ from plumbline.training.credit import Baseline, assign_credit
 from plumbline.training.memory import memory_advice, training_ways
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.perf import matmul_rate
-from plumbline.training.policy_update import Setting, critic_values, update
+from plumbline.training.policy_update import Setting, trunk_values, update
 from plumbline.training.precision import autocast
 from plumbline.training.reporting import Log, Progress, Warn
 from plumbline.training.rl_state import RLState, Rollout
@@ -255,7 +255,7 @@ def _look_back(
         states = response_states(models.policy, part)
         logprobs = response_stats(models.policy, states, part, temperature).logprobs
         if isinstance(critic, ValueHead):
-            return [logprobs, critic_values(critic, part, states.hidden)]
+            return [logprobs, trunk_values(critic, part, states.hidden)]
         return [logprobs]
 
     packed = take_packed(models.policy)

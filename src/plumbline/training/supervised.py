@@ -71,17 +71,19 @@ def fit(
         return shared(row) if packed else 0
 
     def size(row: Mapping[str, Any]) -> int:
-        return sum(lengths(row)) - spared(row)
+        of = lengths(row)
+        return sum(of) - spared(row) if packed else len(of) * max(of)
 
     def split(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
         sizes = [*map(size, batch)]
         groups = micro_batches(sizes, params.micro_batch_tokens, packed=packed)
         parts = [collate([batch[place] for place in group]) for group in groups]
         every = [length for row in batch for length in lengths(row)]
-        computed = sum(sizes) if packed else sum(map(_elements, parts))
+        read = sum(every) - sum(map(spared, batch))
+        computed = read if packed else sum(map(_elements, parts))
         flops = cost.training(every, sum(map(predicting, batch)))
         flops -= cost.training([*map(spared, batch)], 0)
-        work = Work(sum(sizes), computed, flops)
+        work = Work(read, computed, flops)
         return {"micro_batches": parts, "work": work, "rows": len(batch)}
 
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)

@@ -9,10 +9,16 @@ from torch import Tensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -51,7 +57,32 @@ def mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3))
 
 
-OTHERS = {"gemma2": gemma2, "cohere": cohere, "mistral": mistral}
+def doge() -> PreTrainedModel:
+    """Makes a mask of its own from the one that it is given."""
+    return DogeForCausalLM(DogeConfig(**SIZES))
+
+
+def mixtral() -> PreTrainedModel:
+    """Counts its tokens by the mask, to balance its experts."""
+    config = MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
+    return MixtralForCausalLM(config)
+
+
+def minicpm3() -> PreTrainedModel:
+    """Has values that are narrower than its keys."""
+    config = MiniCPM3Config(
+        **{**SIZES, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    return MiniCPM3ForCausalLM(config)
+
+
+OTHERS = {
+    "gemma2": gemma2, "cohere": cohere, "mistral": mistral, "doge": doge, "mixtral": mixtral,
+    "minicpm3": minicpm3,
+}  # fmt: skip
+PACKED = (CohereForCausalLM, MiniCPM3ForCausalLM)
+LINEAR = (MistralForCausalLM, DogeForCausalLM, MixtralForCausalLM, MiniCPM3ForCausalLM)
 
 
 @pytest.fixture(params=sorted(OTHERS))
@@ -117,11 +148,10 @@ def test_models_that_do_more_to_logits_or_see_less_give_their_own_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # Five tokens a part, so that there are several.
-    monkeypatch.setattr(states, "BLOCK_BYTES", 5 * 4 * 300)
-    sees_all = isinstance(other_lm, CohereForCausalLM)
-    assert take_packed(other_lm) == sees_all
+    monkeypatch.setattr(states, "WHOLE_BYTES", 5 * 4 * 300)
+    assert take_packed(other_lm) == isinstance(other_lm, PACKED)
     # Some of these always take their norms in float32.
-    is_linear = isinstance(other_lm, MistralForCausalLM)
+    is_linear = isinstance(other_lm, LINEAR)
     compare(other_lm, sequences, side, 2e-4, is_linear=is_linear)
 
 
@@ -144,6 +174,7 @@ def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone
 ) -> None:
     # Both ways to attend.
     monkeypatch.setattr(packed_attention, "ONE_BLOCK", one_block)
+    assert take_packed(family_lm)
     read: list[int] = []
     family_lm.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: read.append(inputs[0].numel())
@@ -159,8 +190,31 @@ def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone
 def test_models_that_do_more_or_see_less_give_their_own_numbers_of_pairs(
     other_lm: PreTrainedModel,
 ) -> None:
-    is_linear = isinstance(other_lm, MistralForCausalLM)
+    is_linear = isinstance(other_lm, LINEAR)
     compare(other_lm, PAIRS, pad_right, 2e-4, is_linear=is_linear, pairs=True)
+
+
+def test_what_is_said_of_a_sequence_does_not_depend_on_who_is_packed_with_it(
+    family_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Short ones and long ones attend in two ways, that differ in bf16.
+    monkeypatch.setattr(packed_attention, "ONE_BLOCK", 6)
+    short, pair, long = [*range(5, 10)], PAIRS[:2], [*range(20, 40)]
+
+    def said(sequences: list[list[int]], row: int) -> list[float]:
+        ids, mask = pad_right(sequences, 0)
+        targets = targets_of(mask)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            before = states_before(family_lm, ids, mask, targets, pairs=True)
+            logprobs = token_stats(family_lm, before, ids[targets]).logprobs
+        return logprobs.split(targets.sum(1).tolist())[row].tolist()
+
+    assert take_packed(family_lm)
+    near_short = said([short, short[:3]], 0)
+    near_long = said([short, long], 0)
+    assert near_short == pytest.approx(near_long, abs=1e-6)
+    assert said([*pair, short, long], 2) == pytest.approx(near_short, abs=1e-6)
+    assert said([short, long, *pair], 3) == pytest.approx(said(pair, 1), abs=1e-6)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

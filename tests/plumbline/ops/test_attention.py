@@ -13,9 +13,10 @@ SHARED = [[0, 0, 0, 0], [0, 4, 0, 6], [0, 5, 1, 2]]
 
 def inputs(groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
+    # Values need not be as wide as keys.
     return [
-        torch.randn(heads, sum(LENGTHS), 4, generator=generator, dtype=torch.float64).to(dtype)
-        for heads in (6, groups, groups)
+        torch.randn(heads, sum(LENGTHS), width, generator=generator, dtype=torch.float64).to(dtype)
+        for heads, width in ((6, 4), (groups, 4), (groups, 3))
     ]
 
 

@@ -166,3 +166,18 @@ def test_numbers_of_response_tokens_are_put_in_their_places(joined: Sequences) -
         [5, 6, 0, 0, 0],
         [7, 8, 9, 10, 11],
     ]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_group_takes_at_most_so_many_tokens_with_its_padding(packed: bool) -> None:
+    queries = [[5] * 20, [5] * 2, [5] * 3, [5] * 19]
+    said = torch.tensor([2, 20, 19, 3])
+    mask = torch.arange(20) < said.unsqueeze(1)
+    responses = Responses(mask.long(), mask, mask[:, 0], torch.zeros(mask.shape))
+    joined = Sequences.join(queries, responses, 0)
+    groups = joined.micro_batches(50, packed=packed)
+    assert sorted(torch.cat(groups).tolist()) == [0, 1, 2, 3]
+    for group in groups:
+        part = joined.rows(group)
+        assert int(part.mask.sum() if packed else part.ids.numel()) <= 50
+    assert len(groups) == (2 if packed else 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GPT2Config, PreTrainedModel
 
-from plumbline.rollout import generate
+from plumbline.rollout import cache, generate
 from plumbline.rollout.generate import Responses, sample_responses
 
 PAD, EOS = 0, 1
@@ -261,12 +261,15 @@ EARLY = tuple(range(1, 40))
 
 
 @pytest.mark.parametrize(
-    ("still_running", "prefill_tokens", "packed"),
-    [(0.0, 4096, True), (1.0, 4096, True), (0.75, 8, True), (0.75, 4096, False), (1.0, 1, False)],
-)
+    ("still_running", "prefill_tokens", "room", "packed"),
+    [
+        (0.0, 4096, 64, True), (1.0, 4096, 2, True), (0.75, 8, 1, True), (0.75, 4096, 64, False),
+        (1.0, 1, 64, False),
+    ],
+)  # fmt: skip
 def test_what_is_drawn_does_not_depend_on_who_is_in_the_batch(
     family_lm: PreTrainedModel, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch,
-    still_running: float, prefill_tokens: int, packed: bool,
+    still_running: float, prefill_tokens: int, room: int, packed: bool,
 ) -> None:  # fmt: skip
     queries = [[*sequence, 299] for sequence in sequences for _ in range(2)]
 
@@ -279,6 +282,7 @@ def test_what_is_drawn_does_not_depend_on_who_is_in_the_batch(
     assert len({tuple(answer) for answer in expected.lists()}) > len(sequences)
     monkeypatch.setattr(generate, "STILL_RUNNING", still_running)
     monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(cache, "ROOM", room)
     if not packed:
         monkeypatch.setattr(generate, "take_packed", lambda _: False)
     found = drawn()

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
-from plumbline.rollout.experience import Experience, Sequences, response_states
+from plumbline.rollout.experience import (
+    Experience,
+    Sequences,
+    response_states,
+    response_values,
+)
 from plumbline.training import policy_update
 from plumbline.training.models import Models, ValueHead
-from plumbline.training.policy_update import Optimizer, Setting, critic_values, update
+from plumbline.training.policy_update import Optimizer, Setting, trunk_values, update
 
 MakeSetting = Callable[..., Setting]
 Move = Callable[..., Any]
@@ -596,7 +601,7 @@ def test_values_of_a_shared_trunk_are_read_off_its_hidden_states(
     with torch.no_grad():
         shared.critic.linear.bias.fill_(0.5)
         hidden = response_states(shared.policy, answered.sequences).hidden
-        values = critic_values(shared.critic, answered.sequences, hidden)
+        values = trunk_values(shared.critic, answered.sequences, hidden)
         expected = naive_values(shared, answered)
     assert values.dtype == torch.float32
     for row, mine in enumerate(expected):
@@ -606,8 +611,7 @@ def test_values_of_a_shared_trunk_are_read_off_its_hidden_states(
 def test_values_of_a_scalar_model_are_its_own(models: Models, answered: Answered) -> None:
     critic = models.critic
     assert isinstance(critic, PreTrainedModel)
-    hidden = torch.zeros(int(answered.sequences.response_mask.sum()), 32)
     with torch.no_grad():
-        values = critic_values(critic, answered.sequences, hidden)
+        values = response_values(critic, answered.sequences)
     for row, mine in enumerate(answered.readings(critic)):
         assert values[row, : len(mine) - 1].tolist() == pytest.approx(mine[:-1], abs=1e-4)
