@@ -247,10 +247,11 @@ def _check(folder: Path, name: str) -> list[str]:
     Raises:
         InvalidData: a row breaks a rule.
     """
-    tables, failures = read_dataset(folder, TEST_FRACTION)
-    missing = sorted(set(TABLES) - OPTIONAL_TABLES - set(tables))
-    uneven = empty_splits(tables)
-    failures = sorted({*failures, *validate(tables)} - set(uneven))
+    with tempfile.TemporaryDirectory() as scratch:
+        tables, failures = read_dataset(folder, TEST_FRACTION, Path(scratch))
+        missing = sorted(set(TABLES) - OPTIONAL_TABLES - set(tables))
+        uneven = empty_splits(tables)
+        failures = sorted({*failures, *validate(tables)} - set(uneven))
     # A missing table is reported under its name, every other fault under that of a file.
     if faults := [failure for failure in failures if failure.file not in missing]:
         raise InvalidData(faults)

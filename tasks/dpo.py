@@ -53,12 +53,12 @@ def dpo(
         device = training_device()
         resolved = resolve_precision(precision, device)
         tracked.tag({"precision": resolved})
-        pad, rows = encoder.pad_token_id, params.micro_batch_size
+        pad, tokens = encoder.pad_token_id, params.micro_batch_tokens
         policy = load_lm(model_store.model_folder(sft)).to(device).eval()
         # The policy is still the reference: no second model is needed.
         with autocast(device, resolved):
             reference, held_out_reference = (
-                pair_logprobs(policy, part, rows, pad) for part in (train, test)
+                pair_logprobs(policy, part, tokens, pad) for part in (train, test)
             )
         if params.lora.enabled:
             add_adapter(policy, params.lora, seed)

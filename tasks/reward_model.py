@@ -81,7 +81,8 @@ def reward_model(
             )
             held_out = measure_reward_model(
                 model, pairs, rated, normalisation,
-                batch_size=params.micro_batch_size, pad_token_id=encoder.pad_token_id, prefix=step,
+                max_tokens=params.micro_batch_tokens, pad_token_id=encoder.pad_token_id,
+                prefix=step,
             )  # fmt: skip
         rejected, chosen = held_out.pairs.rejected.tolist(), held_out.pairs.chosen.tolist()
         tracked.figure(

@@ -20,7 +20,7 @@ from plumbline.training.lora import add_adapter
 from plumbline.training.memory import memory_advice
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.policy_update import Setting
-from plumbline.training.precision import resolve_precision
+from plumbline.training.precision import Precision, hold_narrow, resolve_precision
 from plumbline.training.rl import train_rl
 from tasks import model_store, tracking
 from tasks.caching import step_options
@@ -66,6 +66,7 @@ def rl(
             model_store.model_folder(judge) if judge else None,
             device,
             seed,
+            resolved,
         )
         history: list[dict[str, float]] = []
 
@@ -120,10 +121,15 @@ def load_models(
     judge: Path | None,
     device: torch.device,
     seed: int,
+    precision: Precision,
 ) -> Models:
     """Load what the algorithm needs from the folders of the earlier steps' models."""
+
+    def frozen(model: PreTrainedModel) -> PreTrainedModel:
+        return hold_narrow(model.to(device).eval(), precision)
+
     policy = load_lm(sft).to(device).eval()
-    ref_policy = None if params.lora.enabled else load_lm(sft).to(device).eval()
+    ref_policy = None if params.lora.enabled else frozen(load_lm(sft))
     if params.lora.enabled:
         add_adapter(policy, params.lora, seed)
     critic: PreTrainedModel | ValueHead | None = None
@@ -134,6 +140,6 @@ def load_models(
         critic = load_scalar_model(reward_model).to(device).eval()
         if params.lora.enabled:
             add_adapter(critic, params.lora, seed)
-    scorer = load_scalar_model(reward_model).to(device).eval()
-    onlooker = load_scalar_model(judge).to(device).eval() if judge else None
+    scorer = frozen(load_scalar_model(reward_model))
+    onlooker = frozen(load_scalar_model(judge)) if judge else None
     return Models(policy, ref_policy, scorer, critic, onlooker)

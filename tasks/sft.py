@@ -56,7 +56,7 @@ def sft(
             log=tracked.log, progress=progress, checkpoints=step_checkpoints(run, tracked),
         )  # fmt: skip
         with autocast(device, resolved):
-            loss = held_out_loss(model, test, params.micro_batch_size, encoder.pad_token_id)
+            loss = held_out_loss(model, test, params.micro_batch_tokens, encoder.pad_token_id)
         return model_store.log_model(
             tracked,
             "text-generation",

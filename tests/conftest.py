@@ -59,7 +59,6 @@ rl:
   episodes: 32
   rollout_batch_size: 16
   mini_batch_size: 8
-  micro_batch_size: 8
   epochs: 1
   kl_coef: 0.05
 sampling:

@@ -58,7 +58,9 @@ def digests(result: dict[str, Any]) -> dict[str, str]:
 
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if "/perf/" not in name}
+    return {
+        name: value for name, value in metrics.items() if not {"perf", "time"} & {*name.split("/")}
+    }
 
 
 def records_of_steps(project: SmallProject) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,9 @@ def git(project: SmallProject, *arguments: str) -> str:
 
 
 def faults_of(project: SmallProject, data_set: str = "mine") -> list[Any]:
-    tables, failures = read_dataset(project.root / "data" / data_set, 0.2)
-    return [*failures, *validate(tables)]
+    with tempfile.TemporaryDirectory() as scratch:
+        tables, failures = read_dataset(project.root / "data" / data_set, 0.2, Path(scratch))
+        return [*failures, *validate(tables)]
 
 
 def test_a_source_becomes_a_data_set_that_dvc_pins(project, tmp_path):

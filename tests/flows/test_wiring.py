@@ -70,7 +70,7 @@ OPTIMIZER: dict[str, Any] = {
     "learning_rate": 2e-4, "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "gradient_checkpointing": True, "lora.enabled": True,
 }  # fmt: skip
-SUPERVISED = {**OPTIMIZER, "epochs": 5, "batch_size": 64, "micro_batch_size": 16}
+SUPERVISED = {**OPTIMIZER, "epochs": 5, "batch_size": 64, "micro_batch_tokens": 512}
 
 VALUES: dict[str, Any] = {
     "description": "Another.", "seed": 1, "precision": "fp32",
@@ -85,7 +85,7 @@ VALUES: dict[str, Any] = {
     "reward_model.normalize": "mean_std",
     **{f"rl.{name}": value for name, value in OPTIMIZER.items()},
     "rl.algorithm": "rloo", "rl.episodes": 8192, "rl.rollout_batch_size": 256,
-    "rl.mini_batch_size": 128, "rl.micro_batch_size": 32, "rl.epochs": 2, "rl.critic": "shared",
+    "rl.mini_batch_size": 128, "rl.micro_batch_tokens": 1024, "rl.epochs": 2, "rl.critic": "shared",
     "rl.kl_coef": 0.1, "rl.kl_estimator": "k2", "rl.kl_controller": "adaptive", "rl.gamma": 0.99,
     "rl.gae_lambda": 0.9, "rl.cliprange": 0.1, "rl.cliprange_high": 0.3, "rl.cliprange_value": 0.1,
     "rl.value_coef": 0.2, "rl.entropy_coef": 0.01, "rl.target_kl": 0.1,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +23,7 @@ from transformers import (
 
 from plumbline.data.tokenize import ChatEncoder, train_tokenizer
 from plumbline.models.load import build_scratch_model
+from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import scalar_model_from_lm
 from plumbline.params.schema import ScratchModel
 
@@ -60,6 +62,8 @@ def shared_lm(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(10)
+    # Which tries it out; some tests count what is read from then on.
+    assert take_packed(model)
     return model
 
 
@@ -108,6 +112,21 @@ def family_lm(shared_family_lm: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def in_double() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Makes a model count in float64 throughout: some would take their norms in float32."""
+
+    def widen(model: PreTrainedModel) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "variance_epsilon"):
+                norm = nn.RMSNorm(len(module.weight), module.variance_epsilon)
+                norm.weight = module.weight
+                model.set_submodule(name, norm)
+        return model.double()
+
+    return widen
+
+
+@pytest.fixture(scope="session")
 def lm_folder(
     shared_lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,7 +140,9 @@ def lm_folder(
 
 @pytest.fixture(scope="session")
 def shared_scorer(lm_folder: Path) -> PreTrainedModel:
-    return scalar_model_from_lm(lm_folder, seed=1).eval()
+    model = scalar_model_from_lm(lm_folder, seed=1).eval()
+    assert take_packed(model)
+    return model
 
 
 @pytest.fixture

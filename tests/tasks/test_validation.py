@@ -1,17 +1,25 @@
 """Tests of tasks.validation."""
 
 import pandas as pd
+import pytest
 
+from plumbline.data.splits import with_prompt_ids
+from plumbline.data.tables import store_rows, tables_of
 from plumbline.data.tokenize import train_tokenizer
 from plumbline.data.validation import Limits
 from plumbline.params.schema import DataParams, LocalModel, ScratchModel
 from tasks import validation
 
 
-def tables(response):
-    prompts = ['[{"role":"user","content":"fold the sheet"}]', None]
-    rows = {"prompt": prompts, "response": [response, "x"], "split": ["train", "train"]}
-    return {"demonstrations": pd.DataFrame(rows)}
+@pytest.fixture
+def tables(tmp_path):
+    def tables(response):
+        prompts = ['[{"role":"user","content":"fold the sheet"}]', None]
+        rows = {"prompt": prompts, "response": [response, "x"], "split": ["train", "train"]}
+        frame = with_prompt_ids(pd.DataFrame({"row": [1, 2]} | rows))
+        return tables_of([store_rows("demonstrations", "d.jsonl", [frame], tmp_path)], 0.5)
+
+    return tables
 
 
 def test_the_limits_are_those_of_the_params():
@@ -19,14 +27,14 @@ def test_the_limits_are_those_of_the_params():
     assert validation.limits_of(params) == Limits(7, 9)
 
 
-def test_a_tokenizer_from_scratch_learns_the_tables_that_are_counted(tmp_path):
+def test_a_tokenizer_from_scratch_learns_the_tables_that_are_counted(tmp_path, tables):
     counter_for = validation.token_counter(ScratchModel(vocab_size=300), tmp_path)
     [short] = counter_for(tables("paper plane " * 50)).response_lengths(["paper plane"])
     [long] = counter_for(tables("river")).response_lengths(["paper plane"])
     assert short < long
 
 
-def test_a_pretrained_tokenizer_is_loaded_once(tmp_path, monkeypatch):
+def test_a_pretrained_tokenizer_is_loaded_once(tmp_path, tables, monkeypatch):
     loads = []
 
     def load(model, root, texts):

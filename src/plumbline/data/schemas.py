@@ -1,27 +1,30 @@
 """The rules that rows must keep, as pandera schemas over canonical frames.
 
 A rule on one value is a check on its column. A rule on several values, rows or tables is found
-first, vectorised, as a column of *findings* that is null where the rule is kept and otherwise names
-the evidence (the other row, the number of tokens); its check is then that the column is null. So
-pandera reports one failure a row with its evidence in hand, however many columns the frame has.
+first (`findings`), as a column that is null where the rule is kept and otherwise names the
+evidence (the other row); its check is then that the column is null. So pandera reports one failure
+a row with its evidence in hand, however many columns the frame has.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pandas as pd
 import pandera.pandas as pa
 import pyarrow as arrow
 import pyarrow.compute as pc
 
+from plumbline.data.findings import FINDINGS
 from plumbline.data.formats import TABLES
 from plumbline.data.values import conversation
 
 # C0 and C1 controls and DEL, without tab and line feed.
 CONTROL_CHARACTERS = r"[\x00-\x08\x0B-\x1F\x7F-\x9F]"
+# The same in JSON text, which escapes C0 alone; the backslash of an escape is not escaped itself.
+CONTROL_CHARACTERS_IN_JSON = r"[^\\](\\\\)*\\([bfr]|u00[01])|[\x7F-\x9F]"
 RESPONSES = ("response", "chosen", "rejected")
 
-# A finding: the field it is reported under and the reason, which `case` completes.
-_FINDINGS = {
+# Of each finding the field it is reported under and the reason, which `case` completes.
+_REASONS = {
     "same_pair": ("chosen", "chosen equals rejected"),
     "reversed_of": ("chosen", "same pair in both orders (see row {case})"),
     "duplicate_of": ("prompt", "duplicate of row {case}"),
@@ -32,24 +35,12 @@ _TOKENS = "_tokens"
 _Rule = Callable[[pd.Series], pd.Series]
 
 
-def with_findings(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Add the columns of findings to every table; `prompt_id` and `split` must be filled in."""
-    leaks = _leaks(tables)
-    found = {}
-    for table, frame in tables.items():
-        columns = {"duplicate_of": _duplicate_of(frame, table), "leaks_to": leaks[table]}
-        if table == "preferences":
-            columns |= _pair_findings(frame)
-        found[table] = frame.assign(**columns)
-    return found
-
-
 def schema_of(
     table: str, max_prompt_tokens: int | None = None, max_response_tokens: int | None = None
 ) -> pa.DataFrameSchema:
     """The rules of a table with findings; the length rules need `<field>_tokens` columns.
 
-    Null is allowed everywhere: a null field was reported by `formats.read_table`, and saying
+    Null is allowed everywhere: a null field was reported by `formats.read_batches`, and saying
     "blank text" of a field that holds a number would send the user the wrong way.
     """
     columns = {"row": pa.Column("int64")}
@@ -65,13 +56,13 @@ def schema_of(
         limit = max_prompt_tokens if field == "prompt" else max_response_tokens
         if limit is not None:
             columns[field + _TOKENS] = _tokens(field, limit)
-    columns["duplicate_of"] = _finding("duplicate_of", "Int64")
-    columns["leaks_to"] = _finding("leaks_to", "str")
+    columns["duplicate_of"] = _finding("duplicate_of")
+    columns["leaks_to"] = _finding("leaks_to")
     if table == "preferences":
         columns["margin"] = _margin()
         columns["clean"] = pa.Column("boolean", nullable=True, required=False)
-        columns["same_pair"] = _finding("same_pair", "boolean")
-        columns["reversed_of"] = _finding("reversed_of", "Int64")
+        columns["same_pair"] = _finding("same_pair")
+        columns["reversed_of"] = _finding("reversed_of")
     return pa.DataFrameSchema(columns)
 
 
@@ -84,10 +75,10 @@ def broken_rules(frame: pd.DataFrame, schema: pa.DataFrameSchema) -> pd.DataFram
     else:
         return pd.DataFrame({"index": [], "field": [], "reason": []})
     if (faults := cases[cases["index"].isna()]).size:
-        # Not the user's fault: the frame did not come from `read_table`.
+        # Not the user's fault: the frame did not come from `read_batches`.
         raise TypeError(f"expected canonical rows, got {faults.to_dict('records')}")
     fields = [
-        _FINDINGS[column][0] if column in _FINDINGS else column.removesuffix(_TOKENS)
+        _REASONS[column][0] if column in _REASONS else column.removesuffix(_TOKENS)
         for column in cases["column"]
     ]
     reasons = [
@@ -121,9 +112,9 @@ def _margin() -> pa.Column:
     return pa.Column("float64", finite, nullable=True, required=False)
 
 
-def _finding(name: str, dtype: str) -> pa.Column:
-    check = pa.Check(lambda found: found.isna(), error=_FINDINGS[name][1])
-    return pa.Column(dtype, check, nullable=True)
+def _finding(name: str) -> pa.Column:
+    check = pa.Check(lambda found: found.isna(), error=_REASONS[name][1])
+    return pa.Column(FINDINGS[name], check, nullable=True)
 
 
 def _is_blank(texts: pd.Series) -> pd.Series:
@@ -131,78 +122,24 @@ def _is_blank(texts: pd.Series) -> pd.Series:
 
 
 def _has_control(texts: pd.Series) -> pd.Series:
-    found = pc.match_substring_regex(arrow.array(texts, arrow.large_string()), CONTROL_CHARACTERS)
-    return pd.Series(found.fill_null(False).to_numpy(zero_copy_only=False), index=texts.index)
+    return _matches(texts, CONTROL_CHARACTERS)
 
 
 def _has_blank_turn(prompts: pd.Series) -> pd.Series:
-    blank = _of_contents(prompts, lambda contents: not all(map(str.strip, contents)))
-    return blank.fillna(False).astype(bool)
+    # What begins with a visible character of ASCII is not blank, which settles most prompts.
+    suspects = _matches(prompts, r'"content": ?"[^!#-\[\]-~]')
+    blank = [index for index, prompt in prompts[suspects].items() if _is_blank_in(prompt)]
+    return pd.Series(prompts.index.isin(blank), index=prompts.index)
+
+
+def _is_blank_in(prompt: str) -> bool:
+    return not all(turn["content"].strip() for turn in conversation(prompt))
 
 
 def _has_control_turn(prompts: pd.Series) -> pd.Series:
-    return _has_control(_of_contents(prompts, "\n".join))
+    return _matches(prompts, CONTROL_CHARACTERS_IN_JSON)
 
 
-def _of_contents(prompts: pd.Series, function: Callable[[list[str]], object]) -> pd.Series:
-    # A prompt often has several pairs; each distinct one is decoded once.
-    values = {
-        prompt: function([turn["content"] for turn in conversation(prompt)])
-        for prompt in prompts.dropna().unique()
-    }
-    return prompts.map(values)
-
-
-# Rules on several values, rows or tables.
-
-
-def _duplicate_of(frame: pd.DataFrame, table: str) -> pd.Series:
-    """The first row with the same fields, for every later one; margin and clean do not count."""
-    first = _first_row(frame["row"], [_stripped(frame[field]) for field in TABLES[table]])
-    return first.where(first < frame["row"])
-
-
-def _pair_findings(frame: pd.DataFrame) -> dict[str, pd.Series]:
-    """`same_pair`: chosen equals rejected. `reversed_of`: the first row that says the opposite."""
-    chosen, rejected = _stripped(frame["chosen"]), _stripped(frame["rejected"])
-    same = (chosen == rejected).fillna(False).astype(bool)
-    # One group a pair, whatever its order; in it, the rows in either order have a first one each.
-    swapped = (chosen > rejected).fillna(False).astype(bool)
-    pair = [frame["prompt"], chosen.where(~swapped, rejected), rejected.where(~swapped, chosen)]
-    forward = _first_row(frame["row"].where(~swapped), pair)
-    backward = _first_row(frame["row"].where(swapped), pair)
-    opposite = forward.where(swapped, backward)
-    return {
-        "same_pair": same.astype("boolean").where(same),
-        "reversed_of": opposite.where((opposite < frame["row"]) & ~same),
-    }
-
-
-def _first_row(rows: pd.Series, keys: list[pd.Series]) -> pd.Series:
-    """The smallest row number of each group; null where a key is null or the group has no row."""
-    complete = pd.concat([key.notna() for key in keys], axis=1).all(axis=1)
-    codes = [pd.factorize(key)[0] for key in keys]
-    return rows.where(complete).groupby(codes).transform("min").astype("Int64")
-
-
-def _stripped(values: pd.Series) -> pd.Series:
-    return values.str.strip() if values.dtype == "str" else values
-
-
-def _leaks(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
-    """For each test row whose prompt is also in train: where it is first in train."""
-    if not tables:
-        return {}
-    columns = ["prompt_id", "split", "file", "row"]
-    everywhere = pd.concat(
-        frame[columns].astype({"file": "str"}).dropna() for frame in tables.values()
-    )
-    train = everywhere[everywhere["split"] == "train"].drop_duplicates("prompt_id")
-    place = pd.Series(
-        (train["file"] + " row " + train["row"].astype("str")).to_numpy(),
-        index=train["prompt_id"],
-    )
-    return {
-        table: frame["prompt_id"].where(frame["split"] == "test").map(place).astype("str")
-        for table, frame in tables.items()
-    }
+def _matches(texts: pd.Series, pattern: str) -> pd.Series:
+    found = pc.match_substring_regex(arrow.array(texts, arrow.large_string()), pattern)
+    return pd.Series(found.fill_null(False).to_numpy(zero_copy_only=False), index=texts.index)

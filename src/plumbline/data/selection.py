@@ -99,7 +99,7 @@ def _broken_rules(rows: Mapping[int, Row], table: str, count: int) -> dict[int, 
         # A row's line is its record's number: a blank line stands for what was not converted.
         lines = [json.dumps(rows[n]) if n in rows else "" for n in range(1, count + 1)]
         Path(folder, f"{table}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        tables, failures = read_dataset(Path(folder), TEST_FRACTION)
+        tables, failures = read_dataset(Path(folder), TEST_FRACTION, Path(folder))
         failures = sorted({*failures, *validate(tables)})
     found: dict[int, list[Failure]] = {}
     for failure in failures:

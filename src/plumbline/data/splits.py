@@ -5,18 +5,28 @@ import json
 import unicodedata
 from typing import Literal
 
+import pandas as pd
+
 Split = Literal["train", "test"]
 
 
 def prompt_id(prompt: str) -> str:
     """SHA-256 (64 hex digits) of a conversation, blind to case, white space and Unicode form.
 
-    `prompt` is the canonical JSON of a list of messages (`formats.read_table`). Prompts that a
+    `prompt` is the canonical JSON of a list of messages (`formats.read_batches`). Prompts that a
     reader would call the same must not be trained on here and tested on there, so each content is
     brought to NFKC, case-folded, and its white space collapsed before it is hashed.
     """
     turns = [[turn["role"], _normalise(turn["content"])] for turn in json.loads(prompt)]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(_encode(turns).encode()).hexdigest()
+
+
+def with_prompt_ids(frame: pd.DataFrame) -> pd.DataFrame:
+    """Canonical rows with `prompt_id`, null where the prompt is."""
+    prompts = frame["prompt"].tolist()
+    # A prompt often has several pairs.
+    ids = {prompt: prompt_id(prompt) for prompt in {*prompts} if isinstance(prompt, str)}
+    return frame.assign(prompt_id=pd.array([ids.get(prompt) for prompt in prompts], dtype="str"))
 
 
 def split_of(prompt_id: str, test_fraction: float) -> Split:
@@ -33,3 +43,6 @@ def _normalise(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     # Case folding can leave a decomposed character behind, so the form is settled once more.
     return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode

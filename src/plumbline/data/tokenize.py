@@ -8,6 +8,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from plumbline.data.lengths import TokenLengths
 from plumbline.errors import DataError, ParamsError
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -103,6 +104,8 @@ class ChatEncoder:
         specials.sort(key=lambda token: len(token.content), reverse=True)
         self._spelled = _any_of(re.escape(token.content) for token in specials)
         self._written = _any_of(_with_margins(token) for token in specials)
+        self._lengths = TokenLengths(tokenizer, as_letters=False)
+        self._letter_lengths = TokenLengths(tokenizer, as_letters=True)
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Render each prompt up to the assistant's turn: JSON messages to token ids.
@@ -123,11 +126,16 @@ class ChatEncoder:
 
     def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, the chat template included; raises as `prompts` does."""
-        return [len(ids) for ids in self.prompts(prompts)]
+        rendered = [self._render(prompt) for prompt in prompts]
+        plain = iter(self._lengths.of([text for text, quoted in rendered if not quoted]))
+        return [
+            len(self._encode_quoting(text, quoted)) if quoted else next(plain)
+            for text, quoted in rendered
+        ]
 
     def response_lengths(self, responses: Sequence[str]) -> list[int]:
         """Tokens of each response, its end token included."""
-        return [len(ids) for ids in self.responses(responses)]
+        return [length + 1 for length in self._letter_lengths.of(responses)]
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """Texts of responses, without special tokens."""

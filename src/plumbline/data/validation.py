@@ -2,30 +2,28 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+from pandera.pandas import DataFrameSchema
 
+from plumbline.data.findings import find, with_findings
 from plumbline.data.formats import (
     OPTIONAL_TABLES,
     SUFFIXES,
     TABLES,
     Failure,
+    canonical_frame,
     find_table,
-    read_table,
+    read_batches,
 )
-from plumbline.data.schemas import (
-    CONTROL_CHARACTERS,
-    RESPONSES,
-    broken_rules,
-    schema_of,
-    with_findings,
-)
-from plumbline.data.splits import prompt_id, split_of
-from plumbline.data.values import conversation, excerpt
+from plumbline.data.schemas import CONTROL_CHARACTERS, RESPONSES, broken_rules, schema_of
+from plumbline.data.splits import with_prompt_ids
+from plumbline.data.tables import StoredRows, Table, store_rows, tables_of
+from plumbline.data.values import Fault, conversation, excerpt
 from plumbline.errors import DataError
 
 REPORT_LIMIT = 20
@@ -63,14 +61,18 @@ class InvalidData(DataError):
 
 
 def read_dataset(
-    folder: Path, test_fraction: float
-) -> tuple[dict[str, pd.DataFrame], list[Failure]]:
-    """Read all tables of a data set, with `prompt_id` and `split` filled in for every row.
+    folder: Path, test_fraction: float, scratch: Path
+) -> tuple[dict[str, Table], list[Failure]]:
+    """Read all tables of a data set, each row with its `prompt_id` and its split.
 
-    A split that a file states counts for that prompt in all files, so that no prompt is in train
-    here and in test there; all other prompts are split by hash (`splits.split_of`). A row whose
-    prompt could not be read has neither. Raises `DataError` where the folder does not exist; all
-    other faults are in the failures, which `validate` does not repeat.
+    The texts wait in files in `scratch`, which must stay as long as the tables. A split that a file
+    states counts for that prompt in all files; all other prompts are split by hash
+    (`findings.index_of`). A row whose prompt could not be read has neither id nor split.
+    All faults are in the failures, which `validate` does not repeat.
+
+    Raises:
+        DataError: there is no such folder.
+        MachineError: the files can't be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,7 +81,7 @@ def read_dataset(
             f"{', '.join(sorted(set(TABLES) - OPTIONAL_TABLES))}. "
             "Set data.path to one, or pull the data."
         )
-    tables: dict[str, pd.DataFrame] = {}
+    stored: list[StoredRows] = []
     failures: list[Failure] = []
     for table in TABLES:
         try:
@@ -88,42 +90,37 @@ def read_dataset(
             failures.append(Failure(table, None, None, str(error)))
             continue
         if path is not None:
-            tables[table], found = read_table(path, table)
+            rows, found = _read(path, table, scratch)
+            stored.append(rows)
             failures.extend(found)
         elif table not in OPTIONAL_TABLES:
             expected = " or ".join(table + suffix for suffix in SUFFIXES)
             failures.append(Failure(table, None, None, f"missing file, expected {expected}"))
-    tables = _with_splits(tables, test_fraction)
+    tables = tables_of(stored, test_fraction)
     # Where no row could be read the reason stands already, and "no rows" would only hide it.
-    readable = {table: frame for table, frame in tables.items() if frame["split"].notna().any()}
+    readable = {name: table for name, table in tables.items() if table.index["split"].notna().any()}
     return tables, sorted({*failures, *empty_splits(readable)})
 
 
 def validate(
-    tables: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, Table],
     limits: Limits | None = None,
     counter: TokenCounter | None = None,
 ) -> list[Failure]:
     """Every rule that the rows of `read_dataset` break, sorted; lengths only if both are given."""
     if (limits is None) != (counter is None):
         raise TypeError("expected both limits and counter, or neither")
-    frames = with_findings(tables)
-    failures: set[Failure] = set()
-    if limits is not None and counter is not None:
-        prompts = _distinct(frame["prompt"] for frame in frames.values())
-        lengths, refused = prompt_lengths(prompts, counter)
-        frames = _with_lengths(frames, lengths, counter)
-        failures |= _refusals(frames, refused)
     sizes = (limits.max_prompt_tokens, limits.max_response_tokens) if limits else (None, None)
-    for table, frame in frames.items():
-        broken = broken_rules(frame, schema_of(table, *sizes))
-        rows = frame.loc[broken["index"]]
-        values = {field: rows[field].tolist() for field in broken["field"].unique()}
-        for i, (file, row, field, reason) in enumerate(
-            zip(rows["file"], rows["row"].tolist(), broken["field"], broken["reason"], strict=True)
-        ):
-            shown = _shown(values[field][i], field, reason)
-            failures.add(Failure(file, row, field, reason, shown))
+    findings = find({name: table.index for name, table in tables.items()})
+    failures: set[Failure] = set()
+    for name, table in tables.items():
+        schema = schema_of(name, *sizes)
+        for rows in table.batches():
+            frame = with_findings(rows, findings[name])
+            if counter is not None:
+                frame, refused = _with_lengths(frame, counter)
+                failures |= _refusals(frame, refused, table.stored.file)
+            failures |= _broken_rules(frame, schema, table.stored.file)
     return sorted(failures)
 
 
@@ -144,19 +141,19 @@ def prompt_lengths(
     return lengths, refused
 
 
-def empty_splits(tables: Mapping[str, pd.DataFrame]) -> list[Failure]:
+def empty_splits(tables: Mapping[str, Table]) -> list[Failure]:
     """A failure for each required table that has no row in train, or none in test."""
     return [
         Failure(
-            frame["file"].cat.categories[0],
+            table.stored.file,
             None,
             None,
-            f"{table} has no {split} rows; add rows, or change data.test_fraction",
+            f"{name} has no {split} rows; add rows, or change data.test_fraction",
         )
-        for table, frame in tables.items()
-        if table not in OPTIONAL_TABLES
+        for name, table in tables.items()
+        if name not in OPTIONAL_TABLES
         for split in ("train", "test")
-        if not (frame["split"] == split).any()
+        if not (table.index["split"] == split).any()
     ]
 
 
@@ -199,67 +196,64 @@ def _what_to_do(failures: Sequence[Failure]) -> str:
     return "Mend these rows, or set data.on_invalid=quarantine to go on without them."
 
 
-def _with_splits(tables: dict[str, pd.DataFrame], test_fraction: float) -> dict[str, pd.DataFrame]:
-    ids = {
-        prompt: prompt_id(prompt)
-        for frame in tables.values()
-        for prompt in frame["prompt"].dropna().unique()
-    }
-    tables = {
-        table: frame.assign(prompt_id=frame["prompt"].map(ids).astype("str"))
-        for table, frame in tables.items()
-    }
-    split = {identity: split_of(identity, test_fraction) for identity in ids.values()}
-    # Train comes last and wins where files contradict each other: `validate` then reports the rows
-    # on the test side, and setting these aside leaves a clean test set.
-    for stated in ("test", "train"):
-        for frame in tables.values():
-            split |= dict.fromkeys(
-                frame.loc[frame["split"] == stated, "prompt_id"].dropna(), stated
-            )
-    return {
-        table: frame.assign(
-            split=frame["split"].fillna(frame["prompt_id"].map(split).astype("str"))
-        )
-        for table, frame in tables.items()
-    }
+def _read(path: Path, table: str, scratch: Path) -> tuple[StoredRows, list[Failure]]:
+    failures: list[Failure] = []
+
+    def frames() -> Iterator[pd.DataFrame]:
+        for frame, found in read_batches(path, table):
+            failures.extend(found)
+            yield with_prompt_ids(frame)
+
+    try:
+        return store_rows(table, path.name, frames(), scratch), failures
+    except Fault as fault:
+        nothing = with_prompt_ids(canonical_frame([], table, set()))
+        return store_rows(table, path.name, [nothing], scratch), [
+            Failure(path.name, None, None, str(fault))
+        ]
 
 
 def _with_lengths(
-    frames: Mapping[str, pd.DataFrame], prompts: Mapping[str, int], counter: TokenCounter
-) -> dict[str, pd.DataFrame]:
-    """Add a `<field>_tokens` column for each text field; each distinct text is counted once."""
-    texts = _distinct(
-        frame[field] for frame in frames.values() for field in RESPONSES if field in frame
-    )
-    responses = dict(zip(texts, counter.response_lengths(texts), strict=True))
-    return {
-        table: frame.assign(
-            **{
-                f"{field}_tokens": frame[field]
-                .map(prompts if field == "prompt" else responses)
-                .astype("Int64")
-                for field in ("prompt", *RESPONSES)
-                if field in frame
-            }
-        )
-        for table, frame in frames.items()
+    frame: pd.DataFrame, counter: TokenCounter
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A column `<field>_tokens` for each text field, and the reason for each refused prompt.
+
+    Each distinct text is counted once.
+    """
+    texts = {field: frame[field].tolist() for field in ("prompt", *RESPONSES) if field in frame}
+    distinct = {
+        field: [text for text in dict.fromkeys(column) if isinstance(text, str)]
+        for field, column in texts.items()
     }
+    lengths, refused = prompt_lengths(distinct.pop("prompt"), counter)
+    counted = {"prompt": lengths}
+    for field, responses in distinct.items():
+        counted[field] = dict(zip(responses, counter.response_lengths(responses), strict=True))
+    tokens = {
+        f"{field}_tokens": pd.array([counted[field].get(text) for text in column], dtype="Int64")
+        for field, column in texts.items()
+    }
+    return frame.assign(**tokens), refused
 
 
-def _refusals(frames: Mapping[str, pd.DataFrame], refused: Mapping[str, str]) -> set[Failure]:
+def _refusals(frame: pd.DataFrame, refused: Mapping[str, str], file: str) -> set[Failure]:
     return {
         Failure(file, row, "prompt", refused[prompt], _shown(prompt, "prompt", refused[prompt]))
-        for frame in frames.values()
-        for file, row, prompt in zip(
-            frame["file"], frame["row"].tolist(), frame["prompt"], strict=True
-        )
+        for row, prompt in zip(frame["row"].tolist(), frame["prompt"], strict=True)
         if refused and prompt in refused
     }
 
 
-def _distinct(columns: Iterable[pd.Series]) -> list[str]:
-    return list(dict.fromkeys(text for column in columns for text in column.dropna().unique()))
+def _broken_rules(frame: pd.DataFrame, schema: DataFrameSchema, file: str) -> set[Failure]:
+    broken = broken_rules(frame, schema)
+    rows = frame.loc[broken["index"]]
+    values = {field: rows[field].tolist() for field in broken["field"].unique()}
+    return {
+        Failure(file, row, field, reason, _shown(values[field][i], field, reason))
+        for i, (row, field, reason) in enumerate(
+            zip(rows["row"].tolist(), broken["field"], broken["reason"], strict=True)
+        )
+    }
 
 
 def _shown(value: Any, field: str, reason: str) -> str:

@@ -174,7 +174,7 @@ def _scores(model: PreTrainedModel | None, batch: Batch) -> list[float]:
     """A scalar model's score of each response."""
     if model is None:
         return []
-    scores: list[float] = score_sequences(model, batch.sequences, len(batch.texts)).tolist()
+    scores: list[float] = score_sequences(model, batch.sequences).tolist()
     return scores
 
 

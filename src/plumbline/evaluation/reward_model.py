@@ -40,7 +40,7 @@ def measure_reward_model(
     ratings: Sequence[Row] | None,
     normalisation: Normalisation,
     *,
-    batch_size: int,
+    max_tokens: int,
     pad_token_id: int,
     prefix: str = "reward_model",
 ) -> HeldOut:
@@ -56,11 +56,11 @@ def measure_reward_model(
         pairs: held-out pairs.
         ratings: held-out ratings, for a model that was trained on ratings; else none.
         normalisation: what `normalise_on` did to the model.
-        batch_size: responses scored at a time.
+        max_tokens: scored at a time.
         pad_token_id: fills up the batches.
         prefix: of the metrics' names, `reward_model` or `judge`.
     """
-    scores = score_pairs(model, pairs, batch_size, pad_token_id)
+    scores = score_pairs(model, pairs, max_tokens, pad_token_id)
     margins = (scores.chosen - scores.rejected).tolist()
     clean = [m for m, row in zip(margins, pairs, strict=True) if row.get("clean", True)]
     calibration = pair_calibration([margin * normalisation.std for margin in clean])
@@ -75,7 +75,7 @@ def measure_reward_model(
     if clean:
         metrics |= _shares("accuracy", clean) | {"margin_mean": sum(clean) / len(clean)}
     if ratings is not None:
-        rated = score_ratings(model, ratings, batch_size, pad_token_id)
+        rated = score_ratings(model, ratings, max_tokens, pad_token_id)
         raw = rated * normalisation.std + normalisation.mean
         labels = [bool(row["label"]) for row in ratings]
         metrics |= _shares("label_accuracy", label_margin(raw, torch.tensor(labels)).tolist())

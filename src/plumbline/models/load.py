@@ -1,7 +1,7 @@
 """Language models and tokenizers: from scratch, from a folder, from the hub, from a GGUF file."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +46,7 @@ def build_scratch_model(
 
 
 def base_tokenizer(
-    params: ModelParams, root: Path, texts: Sequence[str]
+    params: ModelParams, root: Path, texts: Iterable[str]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model: trained on `texts`, or the pretrained one.
 

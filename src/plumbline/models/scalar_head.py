@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from plumbline.data.collate import position_ids
 from plumbline.models.load import no_dropout
+from plumbline.models.states import last_states
 
 
 def scalar_model_from_lm(folder: Path, seed: int) -> PreTrainedModel:
@@ -54,24 +54,30 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, model.score)
 
 
-def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """One number a position: ids and bool mask [B, T] to [B, T]."""
-    backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).last_hidden_state
+def token_values(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, pairs: bool = False
+) -> Tensor:
+    """One number a position: ids and bool mask [B, T] to [B, T], 0 where the mask is False.
+
+    `pairs`: rows 2i and 2i + 1 share their beginning, as in `last_states`.
+    """
+    hidden = last_states(getattr(model, model.base_model_prefix), ids, mask, pairs=pairs)
     head = score_head(model)
     # In bf16 a score near 3 would come in steps of 1/64, and different responses would tie.
     with torch.autocast(hidden.device.type, enabled=False):
         values = cast(Tensor, head(hidden.to(head.weight.dtype)).squeeze(-1))
-    return values - score_shift(model)
+    values = values - score_shift(model)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def sequence_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The number at the last real token of each sequence: [B, T] to [B]."""
+def sequence_scores(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, pairs: bool = False
+) -> Tensor:
+    """The number at the last real token of each sequence: [B, T] to [B]; `pairs` as above."""
     positions = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(mask, positions, torch.zeros_like(positions)).amax(1)
-    return token_values(model, ids, mask).gather(1, last.unsqueeze(1)).squeeze(1)
+    values = token_values(model, ids, mask, pairs=pairs)
+    return values.gather(1, last.unsqueeze(1)).squeeze(1)
 
 
 def score_shift(model: PreTrainedModel) -> float:

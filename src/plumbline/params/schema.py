@@ -232,19 +232,18 @@ class OptimizerParams(Params):
     lora: LoraParams = Field(default_factory=lambda: LoraParams(), description="LoRA.")
 
 
+_MICRO_BATCH_TOKENS = (
+    "Tokens a forward pass, at most: memory and speed depend on it, results do not. Rows are never "
+    "split; a longer one is passed alone."
+)
+
+
 class SupervisedParams(OptimizerParams):
     """Batches and epochs of a training over a fixed data set."""
 
     epochs: Count = Field(3, description="Passes over the training rows.")
     batch_size: Count = Field(32, description="Rows an optimizer step.")
-    micro_batch_size: Count = Field(
-        32, description="Rows a forward pass; must divide batch_size (gradient accumulation)."
-    )
-
-    @model_validator(mode="after")
-    def _micro_batches_divide(self) -> Self:
-        _must_divide("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
-        return self
+    micro_batch_tokens: Count = Field(4096, description=_MICRO_BATCH_TOKENS)
 
 
 class SFTParams(SupervisedParams):
@@ -300,9 +299,7 @@ class RLParams(OptimizerParams):
     mini_batch_size: Count = Field(
         64, description="Responses an optimizer step; must divide rollout_batch_size."
     )
-    micro_batch_size: Count = Field(
-        64, description="Responses a forward pass; must divide mini_batch_size."
-    )
+    micro_batch_tokens: Count = Field(4096, description=_MICRO_BATCH_TOKENS)
     epochs: Count = Field(4, description="Passes over each rollout.")
     responses_per_prompt: Annotated[int, Field(ge=2)] = Field(
         4,
@@ -418,9 +415,6 @@ class RLParams(OptimizerParams):
         _must_divide("rollout_batch_size", self.rollout_batch_size, "episodes", self.episodes)
         _must_divide(
             "mini_batch_size", self.mini_batch_size, "rollout_batch_size", self.rollout_batch_size
-        )
-        _must_divide(
-            "micro_batch_size", self.micro_batch_size, "mini_batch_size", self.mini_batch_size
         )
         if self.algorithm in ("rloo", "grpo"):
             _must_divide(

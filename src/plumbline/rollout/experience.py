@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plumbline.data.collate import pad_left, position_ids
+from plumbline.data.batches import micro_batches
+from plumbline.data.collate import pad_left
+from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import sequence_scores, token_values
-from plumbline.ops.logprobs import token_logprobs
+from plumbline.models.states import HeadStates, states_before, token_stats
+from plumbline.ops.linear_logprobs import TokenStats
 from plumbline.rollout.generate import Responses
 
 
@@ -50,6 +53,20 @@ class Sequences(NamedTuple):
         end = ids.shape[1] - width + longest
         return type(self)(ids[:, first:end], mask[:, first:end], response_mask[:, :longest])
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Put numbers of the response tokens, [N] row by row, in their places: [B, R], else 0."""
+        return values.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, values)
+
+    def micro_batches(self, max_tokens: int | None, *, packed: bool) -> list[Tensor]:
+        """The rows in groups of at most so many tokens, or in one: `data.batches.micro_batches`."""
+        if max_tokens is None:
+            return [torch.arange(len(self.ids), device=self.ids.device)]
+        tokens, said = self.mask.sum(1), self.response_mask.sum(1)
+        # Padded on both sides, a group is as wide as its longest query and longest response.
+        lengths = tokens if packed else said + (tokens - said).max()
+        groups = micro_batches(lengths.tolist(), max_tokens, packed=packed)
+        return [torch.tensor(group, device=self.ids.device) for group in groups]
+
 
 class Experience(NamedTuple):
     """A rollout, ready for the update; [B, R] throughout, R counts response tokens."""
@@ -66,41 +83,26 @@ class Experience(NamedTuple):
     """What the critic learns; none without a critic."""
 
 
-class ResponseLogits(NamedTuple):
-    """What a language model says before each response token; padding means nothing."""
-
-    logits: Tensor
-    """[B, R, V], of every response token."""
-    hidden: Tensor
-    """[B, R, H], the last hidden states behind them."""
+def response_states(model: PreTrainedModel, sequences: Sequences) -> HeadStates:
+    """Run a language model up to its head, and keep what predicts the response tokens, [N, H]."""
+    queries = sequences.ids.shape[1] - sequences.response_mask.shape[1]
+    targets = nn.functional.pad(sequences.response_mask, (queries, 0))
+    return states_before(model, sequences.ids, sequences.mask, targets)
 
 
-def response_logits(model: PreTrainedModel, sequences: Sequences) -> ResponseLogits:
-    """Run a language model over the sequences and keep what predicts the responses."""
-    width = sequences.response_mask.shape[1]
-    kept: list[Tensor] = []
-    # Models differ in what they do to the logits, but all feed this layer the last hidden state.
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: kept.append(inputs[0])
-    )
-    try:
-        logits = model(
-            input_ids=sequences.ids,
-            attention_mask=sequences.mask.long(),
-            position_ids=position_ids(sequences.mask),
-            use_cache=False,
-            # Position t predicts token t + 1: one more at the front, none at the end.
-            logits_to_keep=width + 1,
-        ).logits
-    finally:
-        hook.remove()
-    return ResponseLogits(logits[:, :-1], kept[0][:, :-1])
+def response_stats(
+    model: PreTrainedModel, states: HeadStates, sequences: Sequences, temperature: float
+) -> TokenStats:
+    """Log-probability of every response token and entropy before it: [B, R] each, 0 on padding."""
+    tokens = sequences.response_ids[sequences.response_mask]
+    stats = token_stats(model, states, tokens, temperature)
+    return TokenStats(*(sequences.spread(values) for values in stats))
 
 
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, temperature: float) -> Tensor:
-    """Log-probability of every response token: [B, R], nats."""
-    logits = response_logits(model, sequences).logits
-    return token_logprobs(logits, sequences.response_ids, temperature)
+    """Log-probability of every response token: [B, R], nats, 0 on padding."""
+    states = response_states(model, sequences)
+    return response_stats(model, states, sequences, temperature).logprobs
 
 
 def response_values(critic: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -110,15 +112,15 @@ def response_values(critic: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 
 @torch.no_grad()
-def score_sequences(reward_model: PreTrainedModel, sequences: Sequences, batch_size: int) -> Tensor:
-    """The reward model's score at the last token of each response: [B]."""
-    scores = []
-    for start in range(0, len(sequences.ids), batch_size):
-        part = sequences.rows(slice(start, start + batch_size))
-        scores.append(sequence_scores(reward_model, part.ids, part.mask))
-    return torch.cat(scores)
+def score_sequences(
+    reward_model: PreTrainedModel, sequences: Sequences, max_tokens: int | None = None
+) -> Tensor:
+    """The reward model's score at the last token of each response: [B].
 
-
-def pad_columns(parts: list[Tensor], width: int) -> Tensor:
-    """Stack micro-batches of different widths: zeros fill up to `width` columns."""
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    At most `max_tokens` tokens are scored at a time, or all at once.
+    """
+    scores = sequences.ids.new_zeros(len(sequences.ids), dtype=torch.float32)
+    for rows in sequences.micro_batches(max_tokens, packed=take_packed(reward_model)):
+        part = sequences.rows(rows)
+        scores[rows] = sequence_scores(reward_model, part.ids, part.mask).float()
+    return scores

@@ -59,7 +59,7 @@ def score_responses(
     Raises:
         TrainingError: a function returned something that is not a finite number.
     """
-    model_scores = score_sequences(reward_model, sequences, params.micro_batch_size).float()
+    model_scores = score_sequences(reward_model, sequences, params.micro_batch_tokens)
     parts = {"reward_model": model_scores}
     clipped = model_scores
     if params.score_clip is not None:
@@ -74,7 +74,7 @@ def score_responses(
         parts[f"reward_{reward_name(name)}"] = part
         total = total + params.rewards[name] * part
     if judge is not None:
-        parts["judge"] = score_sequences(judge, sequences, params.micro_batch_size).float()
+        parts["judge"] = score_sequences(judge, sequences, params.micro_batch_tokens)
     total = penalise_missing_eos(total, has_eos, params.missing_eos, params.missing_eos_score)
     return Scores(total, parts)
 

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plumbline.data.collate import pad_right, position_ids
+from plumbline.data.batches import micro_batches
+from plumbline.data.collate import pad_right
+from plumbline.data.pairs import (
+    SIDES,
+    computed_tokens,
+    pair_lengths,
+    pair_sequences,
+    shared_tokens,
+)
 from plumbline.evaluation.scores import wilson_interval
 from plumbline.losses.dpo import DPOStats, dpo_loss
-from plumbline.ops.logprobs import token_logprobs
+from plumbline.models.packed_attention import take_packed
+from plumbline.models.states import states_before, token_stats
 from plumbline.params.schema import DPOParams
 from plumbline.training.checkpoint import Checkpoints, State
 from plumbline.training.precision import Precision
@@ -38,8 +47,9 @@ class _PairReader(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> PairLogprobs:
-        """Log-probabilities of ids [2B, T], the chosen first, then the rejected."""
-        return PairLogprobs(*sequence_logprobs(self.model, ids, mask, response_mask).chunk(2))
+        """Log-probabilities of a `pair_batch`."""
+        logprobs = sequence_logprobs(self.model, ids, mask, response_mask)
+        return PairLogprobs(*logprobs.view(-1, 2).unbind(1))
 
 
 def train_dpo(
@@ -100,17 +110,17 @@ def train_dpo(
     policy.train()
     fit(
         _PairReader(policy), [{**row, "place": place} for place, row in enumerate(rows)], collate,
-        params, section="dpo", loss=loss, seed=seed, precision=precision, log=log,
-        progress=progress, stats=means, checkpoints=checkpoints,
+        params, section="dpo", lengths=pair_lengths, shared=shared_tokens,
+        predicting=_predicting, packed=take_packed(policy), loss=loss, seed=seed,
+        precision=precision, log=log, progress=progress, stats=means, checkpoints=checkpoints,
     )  # fmt: skip
     policy.eval()
 
 
 def pair_batch(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Pairs to `ids`, `mask` and `response_mask`, all [2B, T], the chosen responses first."""
-    sides = [(row["prompt"], row[side]) for side in PairLogprobs._fields for row in rows]
-    ids, mask = pad_right([[*prompt, *response] for prompt, response in sides], pad_token_id)
-    starts = torch.tensor([len(prompt) for prompt, _ in sides])
+    """Pairs to `ids`, `mask` and `response_mask`, all [2B, T]: chosen, rejected, chosen, …"""
+    ids, mask = pad_right(pair_sequences(rows), pad_token_id)
+    starts = torch.tensor([len(row["prompt"]) for row in rows for _ in SIDES])
     in_response = torch.arange(ids.shape[1]) >= starts.unsqueeze(1)
     return {"ids": ids, "mask": mask, "response_mask": mask & in_response}
 
@@ -122,51 +132,35 @@ def sequence_logprobs(
 
     Args:
         model: a causal language model.
-        ids: int64 [B, T], prompts with responses, right-padded.
+        ids: int64 [B, T], prompts with responses, right-padded; rows 2i and 2i + 1 are a pair.
         mask: bool [B, T], True = a token of prompt or response.
         response_mask: bool [B, T], True = a token of the response.
     """
-    first = int(response_mask.long().argmax(1).min())
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=False,
-        # Position t predicts token t + 1, and nothing is asked of prompts before the shortest ends.
-        logits_to_keep=ids.shape[1] - first + 1,
-    ).logits[:, :-1]
-    return sum_logprobs(logits, ids[:, first:], response_mask[:, first:])
-
-
-def sum_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Sum of log softmax(logits) at the tokens where the mask is True.
-
-    Args:
-        logits: [B, T, V]; position t predicts the token at t.
-        tokens: int64 [B, T].
-        mask: bool [B, T], True counts.
-
-    Returns:
-        [B], nats.
-    """
-    # Picked first: the gradient at a pad is 0 whatever stands there, and the copy in float32 is
-    # only as large as the responses.
-    picked = token_logprobs(logits[mask], tokens[mask])
-    return picked.new_zeros(mask.shape).masked_scatter(mask, picked).sum(1)
+    states = states_before(model, ids, mask, response_mask, pairs=True)
+    logprobs = token_stats(model, states, ids[response_mask]).logprobs
+    return logprobs.new_zeros(mask.shape).masked_scatter(response_mask, logprobs).sum(1)
 
 
 @torch.no_grad()
 def pair_logprobs(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> PairLogprobs:
-    """Log-probabilities of both responses of each pair, on the CPU."""
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        batch = pair_batch(rows[start : start + batch_size], pad_token_id)
+    """Log-probabilities of both responses of each pair, on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
+    logprobs = torch.empty(len(rows), 2)
+    packed = take_packed(model)
+    sizes = [computed_tokens(row, packed=packed) for row in rows]
+    for group in micro_batches(sizes, max_tokens, packed=packed):
+        batch = pair_batch([rows[place] for place in group], pad_token_id)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        parts.append(sequence_logprobs(model, **on_device).cpu().chunk(2))
-    chosen, rejected = zip(*parts, strict=True)
-    return PairLogprobs(torch.cat(chosen), torch.cat(rejected))
+        logprobs[group] = sequence_logprobs(model, **on_device).cpu().view(-1, 2)
+    return PairLogprobs(*logprobs.unbind(1))
+
+
+def _predicting(row: Row) -> int:
+    return len(row["chosen"]) + len(row["rejected"])
 
 
 def held_out_metrics(
@@ -181,7 +175,7 @@ def held_out_metrics(
     The loss is that of all labels, as in training. Accuracy (with its 95% interval) and margin
     leave out pairs that are known to have the wrong label.
     """
-    logprobs = pair_logprobs(policy, rows, params.micro_batch_size, pad_token_id)
+    logprobs = pair_logprobs(policy, rows, params.micro_batch_tokens, pad_token_id)
     loss, _ = dpo_loss(*logprobs, *reference, params.beta, params.label_smoothing)
     metrics = {"dpo/held_out_loss": loss.item()}
     clean = torch.tensor([bool(row.get("clean", True)) for row in rows])

@@ -26,13 +26,19 @@ def release_memory() -> None:
 
 
 def training_ways(
-    section: str, micro_batch_size: int, gradient_checkpointing: bool
+    section: str, micro_batch_tokens: int, longest: int, gradient_checkpointing: bool
 ) -> Iterator[str]:
-    """Ways to let a training take less memory, given what is set in its section of the params."""
-    if micro_batch_size > 1:
+    """Ways to let a training take less memory, given what is set in its section of the params.
+
+    Args:
+        section: of the params.
+        micro_batch_tokens, gradient_checkpointing: as set.
+        longest: tokens of the longest row, which is never split.
+    """
+    if micro_batch_tokens > longest:
         yield (
-            f"lower {section}.micro_batch_size, which is {micro_batch_size}: the gradients stay "
-            "those of the whole mini-batch"
+            f"lower {section}.micro_batch_tokens, which is {micro_batch_tokens} (the longest row "
+            f"has {longest}): the gradients stay those of the whole mini-batch"
         )
     if not gradient_checkpointing:
         yield f"set {section}.gradient_checkpointing to true"

@@ -24,7 +24,7 @@ class ValueHead(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values [B, R] of hidden states [B, R, H]."""
+        """Values [N] of hidden states [N, H]."""
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
         return values

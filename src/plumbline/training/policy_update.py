@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
@@ -16,18 +17,21 @@ from plumbline.errors import TrainingError
 from plumbline.interruption import uninterrupted
 from plumbline.losses.policy import policy_loss
 from plumbline.losses.value import value_loss
+from plumbline.models.packed_attention import take_packed
 from plumbline.ops.kl import kl_estimate
-from plumbline.ops.logprobs import entropy, token_logprobs
 from plumbline.ops.masked import masked_sum
 from plumbline.params.schema import RLParams, SamplingParams
 from plumbline.rollout.experience import (
     Experience,
     Sequences,
-    response_logits,
+    response_states,
+    response_stats,
     response_values,
 )
 from plumbline.training.models import Models, ValueHead
+from plumbline.training.perf import Work
 from plumbline.training.precision import Precision, autocast
+from plumbline.training.rl_work import update_work
 
 
 class Setting(NamedTuple):
@@ -48,7 +52,9 @@ class Optimizer(NamedTuple):
     def of(cls, models: Models, params: RLParams) -> "Optimizer":
         """The optimizer for as many updates as the params make."""
         weights = [weight for _, group in models.trained for weight in group]
-        adam = AdamW(weights, lr=params.learning_rate, eps=1e-5, weight_decay=params.weight_decay)
+        adam = AdamW(
+            weights, lr=params.learning_rate, eps=1e-5, weight_decay=params.weight_decay, fused=True
+        )
         steps = params.episodes // params.mini_batch_size * params.epochs
         schedule = get_scheduler(
             "constant_with_warmup" if params.schedule == "constant" else params.schedule,
@@ -69,6 +75,8 @@ class Update:
     """The rollout's responses as this epoch takes them: int64 [B]."""
     seconds: float = 0.0
     """Spent on it."""
+    work: Work = field(default_factory=Work)
+    """Done in them."""
 
 
 def update(
@@ -111,12 +119,17 @@ def update(
         mini_batch = done.order[place : place + params.mini_batch_size]
         stats = _accumulate(models, experience, mini_batch, setting, optimizer, kl_coef)
         history.append(stats)
+        work = done.work + update_work(
+            models, experience.sequences.rows(mini_batch), params.micro_batch_tokens
+        )
         if params.target_kl is not None and stats["policy/approxkl_avg"] > params.target_kl:
+            done.work = work
             break
         with uninterrupted():
             optimizer.adam.step()
             optimizer.schedule.step()
             done.stats.append(stats)
+            done.work = work
             done.seconds = time.perf_counter() - began
             commit()
     done.seconds = time.perf_counter() - began
@@ -144,18 +157,35 @@ def _accumulate(
 ) -> dict[str, float]:
     """Leave the clipped gradient of a mini-batch, which does not depend on its micro-batches."""
     params = setting.params
-    num_tokens = int(experience.sequences.response_mask[mini_batch].sum())
+    # Shuffled on the CPU, whose generator is saved.
+    mini_batch = mini_batch.to(experience.logprobs.device)
+    sequences = experience.sequences.rows(mini_batch)
+    num_tokens = int(sequences.response_mask.sum())
+    groups = sequences.micro_batches(params.micro_batch_tokens, packed=take_packed(models.policy))
+    losses = [_policy_loss]
+    if isinstance(models.critic, PreTrainedModel):
+        # After the policy's, so that the activations of one network alone are in memory.
+        losses.append(_critic_loss)
     sums: dict[str, float] = {}
     optimizer.adam.zero_grad(set_to_none=True)
-    for rows in torch.split(mini_batch, params.micro_batch_size):
-        loss, stats = _micro_batch_loss(models, experience, rows, setting, kl_coef, num_tokens)
-        torch.autograd.backward(loss)
-        largest = max(sums.get("policy/ratio_max", 0.0), stats["policy/ratio_max"])
-        for name, part in stats.items():
-            sums[name] = sums.get(name, 0.0) + part
-        sums["policy/ratio_max"] = largest
+    for loss_of in losses:
+        # Weights are narrowed once for all micro-batches: autocast keeps the copies.
+        with autocast(mini_batch.device, setting.precision):
+            for group in groups:
+                loss, stats = loss_of(
+                    models, experience, mini_batch[group], setting, kl_coef, num_tokens
+                )
+                with autocast(mini_batch.device, "fp32"):
+                    torch.autograd.backward(loss)
+                largest = max(sums.get("policy/ratio_max", 0.0), stats.pop("policy/ratio_max", 0.0))
+                for name, part in stats.items():
+                    sums[name] = sums.get(name, 0.0) + part
+                sums["policy/ratio_max"] = largest
     for prefix, weights in models.trained:
-        norm = torch.nn.utils.clip_grad_norm_(weights, params.max_grad_norm)
+        norm = get_total_norm([w.grad for w in weights if w.grad is not None])
+        # Most are small enough, and need not be written again.
+        if norm > params.max_grad_norm:
+            clip_grads_with_norm_(weights, params.max_grad_norm, norm)
         sums[f"{prefix}/grad_norm"] = float(norm)
     if not all(math.isfinite(value) for value in sums.values()):
         raise TrainingError(
@@ -165,7 +195,7 @@ def _accumulate(
     return sums
 
 
-def _micro_batch_loss(
+def _policy_loss(
     models: Models,
     experience: Experience,
     rows: Tensor,
@@ -173,19 +203,19 @@ def _micro_batch_loss(
     kl_coef: float,
     num_tokens: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """L = L_policy + c_v * L_value + beta * KL - c_e * entropy, each where the params want it."""
+    """L_policy + beta * KL - c_e * entropy, each where the params want it.
+
+    With c_v * L_value of a critic on the policy's trunk.
+    """
     params = setting.params
     sequences = experience.sequences.rows(rows)
     mask = sequences.response_mask
     width = mask.shape[1]
-    with autocast(mask.device, setting.precision):
-        logits, hidden = response_logits(models.policy, sequences)
-        values = critic_values(models.critic, sequences, hidden)
-    temperature = setting.sampling.temperature
-    logprobs = token_logprobs(logits, sequences.response_ids, temperature)
-    # Over a large vocabulary its gradient costs as much memory again.
-    with torch.set_grad_enabled(params.entropy_coef > 0):
-        mean_entropy = masked_sum(entropy(logits, temperature), mask) / num_tokens
+    states = response_states(models.policy, sequences)
+    logprobs, entropies = response_stats(
+        models.policy, states, sequences, setting.sampling.temperature
+    )
+    mean_entropy = masked_sum(entropies, mask) / num_tokens
     loss, policy = policy_loss(
         logprobs,
         experience.logprobs[rows, :width],
@@ -203,18 +233,10 @@ def _micro_batch_loss(
         "policy/ratio_max": float(policy.ratio_max),
         "val/ratio": float(policy.ratio) / num_tokens,
     }
-    if values is not None and experience.values is not None and experience.returns is not None:
-        loss_value, value = value_loss(
-            values,
-            experience.values[rows, :width],
-            experience.returns[rows, :width],
-            mask,
-            params.cliprange_value,
-            num_tokens,
-        )
-        loss = loss + params.value_coef * loss_value
-        stats["loss/value_avg"] = float(loss_value.detach())
-        stats["val/clipfrac_avg"] = float(value.clip_fraction) / num_tokens
+    if isinstance(models.critic, ValueHead):
+        values = trunk_values(models.critic, sequences, states.hidden)
+        loss_value, value_stats = _value_loss(experience, rows, values, mask, params, num_tokens)
+        loss, stats = loss + loss_value, stats | value_stats
     if params.kl_in == "loss":
         ref_logprobs = experience.ref_logprobs[rows, :width]
         # Masked before exp: a pad may be so unlikely that its k3 is infinite, and inf * 0 is NaN.
@@ -228,18 +250,54 @@ def _micro_batch_loss(
     return loss, stats
 
 
-def critic_values(
-    critic: PreTrainedModel | ValueHead | None, sequences: Sequences, hidden: Tensor
-) -> Tensor | None:
-    """The critic's value before each response token: float32 [B, R]; none without a critic.
+def _critic_loss(
+    models: Models,
+    experience: Experience,
+    rows: Tensor,
+    setting: Setting,
+    kl_coef: float,
+    num_tokens: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """c_v * L_value of a critic with a network of its own; the KL is the policy's affair."""
+    assert isinstance(models.critic, PreTrainedModel)
+    sequences = experience.sequences.rows(rows)
+    values = response_values(models.critic, sequences).float()
+    return _value_loss(
+        experience, rows, values, sequences.response_mask, setting.params, num_tokens
+    )
+
+
+def _value_loss(
+    experience: Experience,
+    rows: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    params: RLParams,
+    num_tokens: int,
+) -> tuple[Tensor, dict[str, float]]:
+    assert experience.values is not None
+    assert experience.returns is not None
+    width = mask.shape[1]
+    loss, stats = value_loss(
+        values,
+        experience.values[rows, :width],
+        experience.returns[rows, :width],
+        mask,
+        params.cliprange_value,
+        num_tokens,
+    )
+    return params.value_coef * loss, {
+        "loss/value_avg": float(loss.detach()),
+        "val/clipfrac_avg": float(stats.clip_fraction) / num_tokens,
+    }
+
+
+def trunk_values(critic: ValueHead, sequences: Sequences, hidden: Tensor) -> Tensor:
+    """The value before each response token by a head on the policy's trunk: float32 [B, R].
 
     Args:
-        critic: a scalar model, or a head on the policy's trunk.
-        sequences: the queries with the responses.
-        hidden: [B, R, H], of the policy.
+        critic: the head.
+        sequences: the queries with the responses; 0 on their padding.
+        hidden: [N, H], of the policy, before each of the N response tokens.
     """
-    if critic is None:
-        return None
-    if isinstance(critic, ValueHead):
-        return critic(hidden).float()
-    return response_values(critic, sequences).float()
+    return sequences.spread(critic(hidden).float())

@@ -3,6 +3,11 @@
 from typing import Literal
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from plumbline.models.packed_attention import take_packed
 
 Precision = Literal["fp32", "bf16"]
 
@@ -24,3 +29,19 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     their narrow copies until then.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def hold_narrow(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """Let a model that is never trained hold its matrices as narrow as autocast makes them.
+
+    It says the same to the last bit, in nearly half the memory and without a copy at each use.
+    Embeddings, norms and heads stay in fp32. Changes the model, and returns it.
+    """
+    if precision == "bf16":
+        # It tries that out, for which all weights have to be of one width.
+        take_packed(model)
+        for module in getattr(model, model.base_model_prefix).modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                module.weight.requires_grad_(False)
+                module.weight.data = module.weight.data.bfloat16()
+    return model

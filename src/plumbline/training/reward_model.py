@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plumbline.data.batches import micro_batches
 from plumbline.data.collate import pad_right
+from plumbline.data.pairs import computed_tokens, pair_sequences, shared_tokens
 from plumbline.losses.preference import pairwise_loss, pointwise_loss
+from plumbline.models.packed_attention import take_packed
 from plumbline.models.scalar_head import normalise_scores, sequence_scores
 from plumbline.params.schema import RewardModelParams
 from plumbline.training.checkpoint import Checkpoints
@@ -28,6 +31,9 @@ class Objective(Protocol):
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
         """The token ids that are scored."""
 
+    def shared(self, row: Row) -> int:
+        """How many tokens two sequences of a row begin with alike."""
+
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """One label a row."""
 
@@ -41,8 +47,12 @@ class Pairwise(NamedTuple):
     centering: float
 
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
-        """First all chosen responses, then all rejected ones, each after its prompt."""
-        return [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+        """Of each row the chosen response after its prompt, then the rejected one."""
+        return pair_sequences(rows)
+
+    def shared(self, row: Row) -> int:
+        """The prompt's tokens, and those that both responses begin with."""
+        return shared_tokens(row)
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """The margins."""
@@ -50,7 +60,7 @@ class Pairwise(NamedTuple):
 
     def loss(self, scores: Tensor, labels: Tensor, num_rows: Tensor | int | None) -> Tensor:
         """The pairwise loss of scores [2B]."""
-        chosen, rejected = scores.chunk(2)
+        chosen, rejected = scores.view(-1, 2).unbind(1)
         return pairwise_loss(chosen, rejected, labels, self.centering, num_rows)[0]
 
 
@@ -60,6 +70,10 @@ class Pointwise(NamedTuple):
     def sequences(self, rows: Sequence[Row]) -> list[list[int]]:
         """Each response after its prompt."""
         return [[*row["prompt"], *row["response"]] for row in rows]
+
+    def shared(self, row: Row) -> int:
+        """None: a row has one sequence."""
+        return 0
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         """Whether the raters called the response good."""
@@ -78,13 +92,14 @@ def objective_of(params: RewardModelParams) -> Objective:
 class _Scorer(nn.Module):
     """The reward model with scoring as its forward, which is what the Trainer's wrappers see."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, pairs: bool) -> None:
         super().__init__()
         self.model = model
+        self.pairs = pairs
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores [N] of ids and bool mask [N, T]."""
-        return sequence_scores(self.model, ids, mask)
+        return sequence_scores(self.model, ids, mask, pairs=self.pairs)
 
 
 def train_reward_model(
@@ -128,15 +143,23 @@ def train_reward_model(
         return objective.loss(scores, labels, num_items_in_batch)
 
     def renamed(step: int, metrics: Mapping[str, float]) -> None:
-        log(step, {f"{prefix}/{name.partition('/')[2]}": value for name, value in metrics.items()})
+        mine = "reward_model/"
+        log(
+            step,
+            {
+                f"{prefix}/{name.removeprefix(mine)}" if name.startswith(mine) else name: value
+                for name, value in metrics.items()
+            },
+        )
 
     model.train()
     # A judge is trained by the same section of the params, which is what messages name.
     with trained_as_adapter(model, params.lora, seed):
         fit(
-            _Scorer(model), rows, collate, params,
-            section="reward_model", loss=loss, seed=seed, precision=precision, log=renamed,
-            progress=progress, checkpoints=checkpoints,
+            _Scorer(model, pairs=isinstance(objective, Pairwise)), rows, collate, params,
+            section="reward_model", lengths=lambda row: [*map(len, objective.sequences([row]))],
+            shared=objective.shared, predicting=lambda _: 0, packed=take_packed(model), loss=loss,
+            seed=seed, precision=precision, log=renamed, progress=progress, checkpoints=checkpoints,
         )  # fmt: skip
     model.eval()
 
@@ -152,39 +175,43 @@ class PairScores(NamedTuple):
 
 @torch.no_grad()
 def score_texts(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_tokens: int, pad_token_id: int
 ) -> Tensor:
-    """Score of each sequence of token ids (prompt and response): [N], on the CPU."""
-    # Neighbours of one length need no padding.
-    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    """Score of each sequence of token ids (prompt and response): [N], on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
     scores = torch.empty(len(sequences))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        ids, mask = pad_right([sequences[place] for place in places], pad_token_id)
+    for group in micro_batches([*map(len, sequences)], max_tokens, packed=take_packed(model)):
+        ids, mask = pad_right([sequences[place] for place in group], pad_token_id)
         part = sequence_scores(model, ids.to(model.device), mask.to(model.device))
-        scores[places] = part.float().cpu()
+        scores[group] = part.float().cpu()
     return scores
 
 
+@torch.no_grad()
 def score_pairs(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> PairScores:
-    """Scores of both responses of each pair."""
-    return PairScores(
-        *(
-            score_texts(
-                model, [[*row["prompt"], *row[side]] for row in rows], batch_size, pad_token_id
-            )
-            for side in PairScores._fields
-        )
-    )
+    """Scores of both responses of each pair, on the CPU.
+
+    At most `max_tokens` tokens are read at a time.
+    """
+    scores = torch.empty(len(rows), 2)
+    packed = take_packed(model)
+    sizes = [computed_tokens(row, packed=packed) for row in rows]
+    for group in micro_batches(sizes, max_tokens, packed=packed):
+        ids, mask = pad_right(pair_sequences([rows[place] for place in group]), pad_token_id)
+        part = sequence_scores(model, ids.to(model.device), mask.to(model.device), pairs=True)
+        scores[group] = part.float().cpu().view(-1, 2)
+    return PairScores(*scores.unbind(1))
 
 
 def score_ratings(
-    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, pad_token_id: int
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, pad_token_id: int
 ) -> Tensor:
     """Score of each rated response: [N]."""
-    return score_texts(model, Pointwise().sequences(rows), batch_size, pad_token_id)
+    return score_texts(model, Pointwise().sequences(rows), max_tokens, pad_token_id)
 
 
 class Normalisation(NamedTuple):
@@ -204,13 +231,13 @@ def normalise_on(
     prefix: str = "reward_model",
 ) -> Normalisation:
     """Shift, and if asked scale, the scores so that the demonstrations have mean 0 (and std 1)."""
-    before = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
+    before = score_texts(model, demonstrations, params.micro_batch_tokens, pad_token_id)
     mean = float(before.mean())
     std = float(before.std()) if params.normalize == "mean_std" else 1.0
     normalise_scores(model, mean, std)
     # Autocast keeps narrow copies of the weights, which have just changed.
     torch.clear_autocast_cache()
-    after = score_texts(model, demonstrations, params.micro_batch_size, pad_token_id)
+    after = score_texts(model, demonstrations, params.micro_batch_tokens, pad_token_id)
     metrics = {
         f"{prefix}/raw_mean": mean,
         f"{prefix}/raw_std": float(before.std()),

@@ -4,36 +4,40 @@ One loop for all algorithms: they differ in `credit.py` alone, and in whether th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.functions import TextScorer
 from plumbline.interruption import uninterrupted
+from plumbline.models.packed_attention import take_packed
 from plumbline.ops.kl import kl_estimate
-from plumbline.ops.logprobs import token_logprobs
 from plumbline.ops.masked import masked_mean, masked_sum, masked_var
 from plumbline.ops.rewards import token_rewards
 from plumbline.rollout.experience import (
     Experience,
     Sequences,
-    pad_columns,
-    response_logits,
     response_logprobs,
+    response_states,
+    response_stats,
+    response_values,
 )
 from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
 from plumbline.training.memory import memory_advice, training_ways
-from plumbline.training.models import Models
-from plumbline.training.policy_update import Setting, critic_values, update
+from plumbline.training.models import Models, ValueHead
+from plumbline.training.perf import matmul_rate
+from plumbline.training.policy_update import Setting, trunk_values, update
 from plumbline.training.precision import autocast
 from plumbline.training.reporting import Log, Progress, Warn
 from plumbline.training.rl_state import RLState, Rollout
+from plumbline.training.rl_work import sampling_work, scoring_work
 from plumbline.training.supervised import checkpointing
 
 
@@ -73,7 +77,9 @@ def train_rl(
     functions = load_rewards(params)
     state = RLState(models, len(prompts), params, seed, checkpoints)
     queries = encoder.prompts(prompts)
-    ways = training_ways("rl", params.micro_batch_size, params.gradient_checkpointing)
+    rate = matmul_rate(models.policy.device, setting.precision)
+    longest = max(map(len, queries)) + setting.sampling.response_tokens
+    ways = training_ways("rl", params.micro_batch_tokens, longest, params.gradient_checkpointing)
     with state.keeper.watching(), memory_advice("rl", [*ways]):
         if state.resume():
             for row in state.history:
@@ -89,7 +95,7 @@ def train_rl(
                 with uninterrupted():
                     state.rollout = rollout
                     state.commit()
-            experience, metrics = state.rollout
+            experience, metrics, work = state.rollout
             # 3. Take the epochs of gradient steps on them.
             with _less_memory(models) if params.gradient_checkpointing else nullcontext():
                 metrics = metrics | update(
@@ -103,6 +109,8 @@ def train_rl(
                 "episode": state.episode + params.rollout_batch_size,
                 "perf/episodes_per_s": params.rollout_batch_size / spent,
                 "perf/tokens_per_s": float(experience.sequences.mask.sum()) / spent,
+                **(work + state.update.work).metrics(spent, rate),
+                "perf/update_mfu": state.update.work.flops / seconds / rate,
                 "time/update_s": seconds,
             }
             with uninterrupted():
@@ -135,22 +143,22 @@ def roll_out(
     """
     started = time.perf_counter()
     batch = next(state.batches)
-    with autocast(models.policy.device, setting.precision):
-        # 1. Sample responses from the policy.
+    device, asked = models.policy.device, [queries[index] for index in batch]
+    # 1. Sample responses from the policy.
+    with autocast(device, setting.precision):
         responses = sample_responses(
             models.policy,
-            [queries[index] for index in batch],
+            asked,
             max_tokens=setting.sampling.response_tokens,
             stop_token_ids=encoder.stop_token_ids,
             pad_token_id=encoder.pad_token_id,
             temperature=setting.sampling.temperature,
             generator=state.sampling,
         )
-        sampled = time.perf_counter()
-        # 2. Score them, and turn scores and KL into advantages.
-        sequences = Sequences.join(
-            [queries[index] for index in batch], responses, encoder.pad_token_id
-        )
+    sampled = time.perf_counter()
+    # 2. Score them, and turn scores and KL into advantages.
+    sequences = Sequences.join(asked, responses, encoder.pad_token_id)
+    with autocast(device, setting.precision):
         scores = score_responses(
             models.reward_model,
             models.judge,
@@ -161,15 +169,17 @@ def roll_out(
             encoder.decode(responses.lists()) if functions else [""] * len(batch),
             setting.params,
         )
-        experience, metrics = make_experience(
-            models, sequences, responses, scores, setting, state.controller.value, state.baseline
-        )
+    experience, metrics = make_experience(
+        models, sequences, responses, scores, setting, state.controller.value, state.baseline
+    )
     metrics |= {
         "lr": float(state.optimizer.schedule.get_last_lr()[0]),
         "time/rollout_s": sampled - started,
         "time/score_s": time.perf_counter() - sampled,
     }
-    return Rollout(experience, metrics)
+    work = sampling_work(models.policy, asked, responses)
+    work += scoring_work(models, sequences, setting.params.micro_batch_tokens)
+    return Rollout(experience, metrics, work)
 
 
 def _less_memory(models: Models) -> AbstractContextManager[None]:
@@ -239,20 +249,40 @@ def _look_back(
     models: Models, sequences: Sequences, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs of policy and reference, and the critic's values, [B, R] and 0 on padding."""
-    mask = sequences.response_mask
-    step, temperature = setting.params.micro_batch_size, setting.sampling.temperature
-    parts = [sequences.rows(slice(i, i + step)) for i in range(0, len(mask), step)]
+    temperature, critic = setting.sampling.temperature, models.critic
 
-    logprobs, values = [], []
-    for part in parts:
-        logits, hidden = response_logits(models.policy, part)
-        logprobs.append(token_logprobs(logits, part.response_ids, temperature))
-        value = critic_values(models.critic, part, hidden)
-        values += [] if value is None else [value]
+    def policy(part: Sequences) -> list[Tensor]:
+        states = response_states(models.policy, part)
+        logprobs = response_stats(models.policy, states, part, temperature).logprobs
+        if isinstance(critic, ValueHead):
+            return [logprobs, trunk_values(critic, part, states.hidden)]
+        return [logprobs]
+
+    packed = take_packed(models.policy)
+    parts = sequences.micro_batches(setting.params.micro_batch_tokens, packed=packed)
+    logprobs, *values = _read(sequences, parts, setting, policy)
+    if isinstance(critic, PreTrainedModel):
+        values = _read(sequences, parts, setting, lambda part: [response_values(critic, part)])
     with models.reference() as reference:
-        ref_logprobs = [response_logprobs(reference, part, temperature) for part in parts]
+        (ref_logprobs,) = _read(
+            sequences, parts, setting,
+            lambda part: [response_logprobs(reference, part, temperature)],
+        )  # fmt: skip
+    return logprobs, ref_logprobs, values[0] if values else None
 
-    def whole(columns: list[Tensor]) -> Tensor:
-        return torch.where(mask, pad_columns(columns, mask.shape[1]), 0.0)
 
-    return whole(logprobs), whole(ref_logprobs), whole(values) if values else None
+def _read(
+    sequences: Sequences,
+    parts: list[Tensor],
+    setting: Setting,
+    columns: Callable[[Sequences], list[Tensor]],
+) -> list[Tensor]:
+    """What a model says about the parts, put together: float32 [B, R] each, 0 on padding."""
+    # Autocast keeps narrow copies of the weights as long, and then no more.
+    with autocast(sequences.ids.device, setting.precision):
+        found = [columns(sequences.rows(rows)) for rows in parts]
+    whole = [torch.zeros_like(sequences.response_mask, dtype=torch.float32) for _ in found[0]]
+    for rows, said in zip(parts, found, strict=True):
+        for column, values in zip(whole, said, strict=True):
+            column[rows, : values.shape[1]] = values
+    return whole

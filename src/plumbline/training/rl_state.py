@@ -13,6 +13,7 @@ from plumbline.training.checkpoint import Checkpoints, Keeper, Place, State
 from plumbline.training.credit import Baseline
 from plumbline.training.models import Models
 from plumbline.training.monitor import Finding, Monitor
+from plumbline.training.perf import Work
 from plumbline.training.policy_update import Optimizer, Update
 from plumbline.training.state import (
     load_networks,
@@ -32,6 +33,8 @@ class Rollout(NamedTuple):
     experience: Experience
     metrics: dict[str, float]
     """Of the rollout, with the seconds that it took."""
+    work: Work
+    """Of sampling and scoring."""
 
 
 class RLState:
@@ -106,7 +109,8 @@ class RLState:
         self.history = state["history"]
         self.findings = [(episode, Finding(*finding)) for episode, finding in state["findings"]]
         self.rollout = _load_rollout(state["rollout"], self.device)
-        self.update = Update(**state["update"])
+        done = state["update"]
+        self.update = Update(**{**done, "work": Work(*done["work"])})
         return True
 
     def _place(self) -> Place:
@@ -133,14 +137,22 @@ class RLState:
             "history": list(self.history),
             "findings": list(self.findings),
             "rollout": None if self.rollout is None else _rollout_state(self.rollout),
-            "update": {**vars(self.update), "stats": list(self.update.stats)},
+            "update": {
+                **vars(self.update),
+                "stats": list(self.update.stats),
+                "work": self.update.work.numbers(),
+            },
         }
 
 
 def _rollout_state(rollout: Rollout) -> State:
     sequences = rollout.experience.sequences._asdict()
     columns = {**rollout.experience._asdict(), "sequences": sequences}
-    return {"experience": columns, "metrics": rollout.metrics}
+    return {
+        "experience": columns,
+        "metrics": rollout.metrics,
+        "work": rollout.work.numbers(),
+    }
 
 
 def _load_rollout(state: State | None, device: torch.device) -> Rollout | None:
@@ -148,7 +160,7 @@ def _load_rollout(state: State | None, device: torch.device) -> Rollout | None:
         return None
     columns = on_device(state["experience"], device)
     sequences = Sequences(**columns.pop("sequences"))
-    return Rollout(Experience(sequences, **columns), state["metrics"])
+    return Rollout(Experience(sequences, **columns), state["metrics"], Work(*state["work"]))
 
 
 def make_kl_controller(params: RLParams) -> FixedKLController | AdaptiveKLController:

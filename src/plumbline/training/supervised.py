@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from plumbline.data.batches import micro_batches
 from plumbline.params.schema import SupervisedParams
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.memory import memory_advice, training_ways
+from plumbline.training.perf import Cost, Pace, Work, matmul_rate
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.trainer import Listeners, ResumableTrainer, Stats
@@ -25,6 +27,10 @@ def fit(
     params: SupervisedParams,
     *,
     section: str,
+    lengths: Callable[[Mapping[str, Any]], Sequence[int]],
+    shared: Callable[[Mapping[str, Any]], int] = lambda _: 0,
+    predicting: Callable[[Mapping[str, Any]], int],
+    packed: bool,
     loss: Callable[[Any, Tensor, Tensor | int | None], Tensor],
     seed: int,
     precision: Precision,
@@ -38,9 +44,14 @@ def fit(
     Args:
         model: its forward takes what `collate` makes.
         rows: the training rows.
-        collate: rows to a batch.
+        collate: rows to a micro-batch.
         params: batches, epochs, learning rate.
         section: the params section, for messages and metric names.
+        lengths: of a row's sequences, tokens.
+        shared: tokens that a packed model does not compute again, since two of a row's sequences
+            begin with them.
+        predicting: tokens of a row that the model's head is asked about.
+        packed: whether the model takes a micro-batch without padding.
         loss: (outputs, labels, num_items_in_batch: labels of the mini-batch that count) to a
             scalar.
         seed: of the shuffles.
@@ -53,12 +64,33 @@ def fit(
     Raises:
         TrainingError: a loss or a gradient is not finite, or the GPU's memory is full.
     """
+
+    cost = Cost.of(model)
+
+    def spared(row: Mapping[str, Any]) -> int:
+        return shared(row) if packed else 0
+
+    def size(row: Mapping[str, Any]) -> int:
+        of = lengths(row)
+        return sum(of) - spared(row) if packed else len(of) * max(of)
+
+    def split(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
+        sizes = [*map(size, batch)]
+        groups = micro_batches(sizes, params.micro_batch_tokens, packed=packed)
+        parts = [collate([batch[place] for place in group]) for group in groups]
+        every = [length for row in batch for length in lengths(row)]
+        read = sum(every) - sum(map(spared, batch))
+        computed = read if packed else sum(map(_elements, parts))
+        flops = cost.training(every, sum(map(predicting, batch)))
+        flops -= cost.training([*map(spared, batch)], 0)
+        work = Work(read, computed, flops)
+        return {"micro_batches": parts, "work": work, "rows": len(batch)}
+
     steps = params.epochs * math.ceil(len(rows) / params.batch_size)
     with tempfile.TemporaryDirectory() as unused:
         arguments = TrainingArguments(
             output_dir=unused,
-            per_device_train_batch_size=params.micro_batch_size,
-            gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
+            per_device_train_batch_size=params.batch_size,
             num_train_epochs=params.epochs,
             learning_rate=params.learning_rate,
             lr_scheduler_type=(
@@ -81,23 +113,33 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+        pace = Pace(matmul_rate(next(model.parameters()).device, precision))
         trainer = ResumableTrainer(
-            listeners=Listeners(section, len(rows) * params.epochs, log, progress, stats),
+            listeners=Listeners(section, len(rows) * params.epochs, log, progress, stats, pace),
             checkpoints=checkpoints,
             stats=stats,
+            pace=pace,
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=split,
             compute_loss_func=loss,
         )
-        ways = training_ways(section, params.micro_batch_size, params.gradient_checkpointing)
+        ways = training_ways(
+            section, params.micro_batch_tokens, max(map(size, rows)),
+            params.gradient_checkpointing,
+        )  # fmt: skip
         with (
             trainer.keeper.watching(),
             memory_advice(section, [*ways]),
             checkpointing(model) if params.gradient_checkpointing else nullcontext(),
         ):
             trainer.fit()
+
+
+def _elements(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a padded micro-batch."""
+    return max(tensor.numel() for tensor in batch.values())
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -18,6 +20,8 @@ from transformers import (
 from plumbline.errors import TrainingError
 from plumbline.interruption import uninterrupted
 from plumbline.training.checkpoint import Checkpoints, Keeper, Place, State
+from plumbline.training.perf import Pace
+from plumbline.training.precision import Precision, autocast
 from plumbline.training.reporting import Log, Progress
 from plumbline.training.state import (
     load_networks,
@@ -59,6 +63,7 @@ class Listeners:
         log: Log,
         progress: Progress,
         stats: Stats | None,
+        pace: Pace,
     ) -> None:
         """Tell nobody anything yet; `rows` counts those of all epochs."""
         self.section = section
@@ -67,6 +72,7 @@ class Listeners:
         self._log = log
         self._progress = progress
         self._stats = stats
+        self._pace = pace
         self._told = 0
 
     def note(self, step: int, logs: Mapping[str, float]) -> None:
@@ -83,6 +89,7 @@ class Listeners:
             f"{self.section}/lr": logs["learning_rate"],
             f"{self.section}/epoch": logs["epoch"],
             **(self._stats.take() if self._stats else {}),
+            **self._pace.take(),
         }
         self.history.append({"step": step, **metrics})
 
@@ -104,12 +111,14 @@ class ResumableTrainer(Trainer):
         listeners: Listeners,
         checkpoints: Checkpoints | None,
         stats: Stats | None,
+        pace: Pace,
         **options: Any,
     ) -> None:
-        """A Trainer with these options; `stats` is saved and restored, too."""
+        """A Trainer with these options; `stats` is saved and restored, too, but not `pace`."""
         super().__init__(**options)
         self.listeners = listeners
         self.stats = stats
+        self.pace = pace
         self.keeper = Keeper(checkpoints, self._weights)
         self._held = ExitStack()
         self._restored: State | None = None
@@ -134,8 +143,31 @@ class ResumableTrainer(Trainer):
             self.listeners.history = self._restored["history"]
             self.train(resume_from_checkpoint=str(folder))
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Leave the gradient of a mini-batch, one micro-batch after the other; return its loss."""
+        parts = inputs["micro_batches"]
+        count = self._get_num_items_in_batch(parts, self.args.device)
+        device = self.args.device
+        precision: Precision = "bf16" if self.args.bf16 else "fp32"
+        total = torch.zeros((), device=device)
+        model.train()
+        # Weights are narrowed once for all micro-batches: autocast keeps the copies.
+        with autocast(device, precision):
+            for part in parts:
+                loss = self.compute_loss(
+                    model, self._prepare_inputs(part), num_items_in_batch=count
+                )
+                with autocast(device, "fp32"):
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+        self.pace.add(inputs["work"], inputs["rows"])
+        return total
+
     def _begin(self) -> None:
         """Set what the Trainer sets anew as a training begins."""
+        self.pace.restart()
         if self._restored is None:
             return
         self._tr_loss = self._restored["loss"].to(self.args.device)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plumbline.data.formats import Failure, find_table, read_table
-from plumbline.data.values import conversation, excerpt
+from plumbline.data.formats import Failure, canonical_frame, find_table, read_batches
+from plumbline.data.values import Fault, conversation, excerpt
 from plumbline.errors import DataError
 
 HELLO = '[{"role":"user","content":"Hello"}]'
@@ -23,6 +23,18 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 def reasons(failures: list[Failure]) -> list[tuple[int | None, str | None, str]]:
     return [(failure.row, failure.field, failure.reason) for failure in failures]
+
+
+def read_table(path: Path, table: str) -> tuple[pd.DataFrame, list[Failure]]:
+    """All batches of a file in one frame; a fault of the file is its only failure."""
+    frames, failures = [], []
+    try:
+        for frame, found in read_batches(path, table):
+            frames.append(frame)
+            failures += found
+    except Fault as fault:
+        return canonical_frame([], table, set()), [Failure(path.name, None, None, str(fault))]
+    return pd.concat(frames, ignore_index=True), failures
 
 
 def read_rows(tmp_path: Path, table: str, *rows: Any) -> tuple[pd.DataFrame, list[Failure]]:
@@ -91,8 +103,7 @@ def test_the_three_formats_give_the_same_rows(tmp_path: Path) -> None:
     for suffix in ("jsonl", "parquet", "csv"):
         frame, failures = read_table(tmp_path / f"preferences.{suffix}", "preferences")
         assert failures == []
-        assert set(frame["file"]) == {f"preferences.{suffix}"}
-        frames.append(frame.drop(columns="file"))
+        frames.append(frame)
     columns = ["row", "prompt", "chosen", "rejected", "margin", "clean", "split"]
     assert list(frames[0]) == columns
     assert frames[0]["margin"].tolist() == [0.5, 0.0]
@@ -155,7 +166,7 @@ def test_a_missing_and_an_empty_file(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(b"")
     frame, failures = read_table(path, "prompts")
     assert reasons(failures) == [(None, None, "empty file")]
-    assert list(frame) == ["row", "prompt", "split", "file"]
+    assert list(frame) == ["row", "prompt", "split"]
     assert frame.empty
 
 

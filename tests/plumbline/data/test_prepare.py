@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from plumbline.data.prepare import Prepared, prepare
 from plumbline.data.splits import prompt_id, split_of
+from plumbline.data.tables import Table
 from plumbline.data.validation import InvalidData, Limits, TokenCounter
 from plumbline.data.values import conversation
 from plumbline.errors import MachineError
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_the_earlier_result(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(MachineError, match="No space left on device"):
         run(tmp_path, good_tables())
     assert files(tmp_path / "out") == before
@@ -439,10 +439,10 @@ def test_a_tokenizer_that_the_cut_rows_train_counts_them(tmp_path: Path) -> None
     class Trained(WordCounter):
         """A word that the demonstrations hold is one token, any other is three."""
 
-        def __init__(self, tables: Mapping[str, pd.DataFrame]) -> None:
-            frame = tables["demonstrations"]
+        def __init__(self, tables: Mapping[str, Table]) -> None:
             self.known = {
                 word
+                for frame in tables["demonstrations"].batches()
                 for prompt in frame["prompt"]
                 for turn in conversation(prompt)
                 for word in turn["content"].split()

@@ -6,8 +6,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from plumbline.data.findings import digests_of, find, index_of, with_findings
 from plumbline.data.formats import DTYPES
-from plumbline.data.schemas import broken_rules, schema_of, with_findings
+from plumbline.data.schemas import broken_rules, schema_of
+from plumbline.data.splits import with_prompt_ids
 
 
 def user(text: str, *earlier: dict[str, str]) -> str:
@@ -15,24 +17,32 @@ def user(text: str, *earlier: dict[str, str]) -> str:
 
 
 def frame(table: str, *rows: dict[str, Any]) -> pd.DataFrame:
-    """Canonical rows 1, 2, …; the prompt's text stands in for its id, and all are in train."""
+    """Canonical rows 1, 2, …, in train unless they say otherwise."""
     filled = [
-        {"prompt": user("P"), "split": "train"} | row | {"row": number, "file": f"{table}.jsonl"}
+        {"prompt": user("P"), "split": "train"} | row | {"row": number}
         for number, row in enumerate(rows, start=1)
     ]
     columns = pd.DataFrame(filled)
-    columns["prompt_id"] = columns["prompt"]
-    return columns.astype(
-        {
-            name: DTYPES.get(name, "category" if name == "file" else "str")
-            for name in columns
-            if name != "row"
-        }
-    )
+    types = {name: DTYPES.get(name, "str") for name in columns if name != "row"}
+    return with_prompt_ids(columns.astype(types))
+
+
+def all_with_findings(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Whole tables with their findings; each row a batch of its own."""
+    digests = {
+        table: [digests_of(rows.iloc[i : i + 1], table) for i in range(len(rows))]
+        for table, rows in tables.items()
+    }
+    indexes = {
+        table: index.assign(file=f"{table}.jsonl")
+        for table, index in index_of(digests, 0.5).items()
+    }
+    found = find(indexes)
+    return {table: with_findings(rows, found[table]) for table, rows in tables.items()}
 
 
 def broken(table: str, *rows: dict[str, Any], **limits: int) -> list[tuple[int, str, str]]:
-    found = with_findings({table: frame(table, *rows)})[table]
+    found = all_with_findings({table: frame(table, *rows)})[table]
     cases = broken_rules(found, schema_of(table, **limits))
     return sorted((index + 1, field, reason) for index, field, reason in cases.values.tolist())
 
@@ -123,7 +133,7 @@ def test_a_prompt_across_splits_is_reported_on_the_test_side() -> None:
         "preferences", pair("A", "B", "Q"), pair("A", "B"), pair("A", "C", split="test")
     )
     prompts = frame("prompts", {"split": "test"}, {"prompt": user("R"), "split": "test"})
-    found = with_findings({"preferences": preferences, "prompts": prompts})
+    found = all_with_findings({"preferences": preferences, "prompts": prompts})
     reason = "prompt is in train and in test (see preferences.jsonl row 2)"
     for table, index in (("preferences", 2), ("prompts", 0)):
         cases = broken_rules(found[table], schema_of(table))
@@ -133,7 +143,7 @@ def test_a_prompt_across_splits_is_reported_on_the_test_side() -> None:
 def test_lengths_at_and_over_the_limit() -> None:
     rows = frame("preferences", pair("A", "B"), pair("C", "D", "Q"))
     lengths = {"prompt_tokens": [64, 70], "chosen_tokens": [9, 8], "rejected_tokens": [8, 10]}
-    rows = with_findings({"preferences": rows})["preferences"].assign(
+    rows = all_with_findings({"preferences": rows})["preferences"].assign(
         **{name: pd.array(values, dtype="Int64") for name, values in lengths.items()}
     )
     cases = broken_rules(rows, schema_of("preferences", 64, 8))

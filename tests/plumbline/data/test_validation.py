@@ -56,14 +56,15 @@ def write(folder: Path, tables: dict[str, list[dict[str, Any]]]) -> Path:
 def splits_of(folder: Path, fraction: float = 0.5) -> dict[str, set[str]]:
     """The splits that each prompt id is found in, over all tables."""
     splits: dict[str, set[str]] = {}
-    for frame in read_dataset(folder, fraction)[0].values():
-        for identity, split in zip(frame["prompt_id"], frame["split"], strict=True):
-            splits.setdefault(identity, set()).add(split)
+    for table in read_dataset(folder, fraction, folder)[0].values():
+        for frame in table.batches():
+            for identity, split in zip(frame["prompt_id"], frame["split"], strict=True):
+                splits.setdefault(identity, set()).add(split)
     return splits
 
 
 def test_a_good_data_set_has_no_failures(tmp_path: Path) -> None:
-    tables, failures = read_dataset(write(tmp_path, good_tables()), 0.5)
+    tables, failures = read_dataset(write(tmp_path, good_tables()), 0.5, tmp_path)
     assert list(tables) == ["demonstrations", "preferences", "prompts", "ratings"]
     assert failures == []
     assert validate(tables) == []
@@ -90,17 +91,17 @@ def test_a_stated_split_overrides_the_hash_in_all_files(tmp_path: Path) -> None:
     tables = good_tables()
     for i, row in enumerate(tables["preferences"]):
         row["split"] = "test" if i < 3 else "train"
-    found, failures = read_dataset(write(tmp_path, tables), 0.5)
+    found, failures = read_dataset(write(tmp_path, tables), 0.5, tmp_path)
     assert failures + validate(found) == []
-    for frame in found.values():
-        assert (frame["split"] == "test").sum() == 3
+    for table in found.values():
+        assert (table.index["split"] == "test").sum() == 3
 
 
 def test_contradicting_splits_are_reported_on_the_test_side(tmp_path: Path) -> None:
     tables = good_tables()
     tables["preferences"][4]["split"] = "train"
     tables["prompts"][-5]["split"] = "test"
-    found, failures = read_dataset(write(tmp_path, tables), 0.5)
+    found, failures = read_dataset(write(tmp_path, tables), 0.5, tmp_path)
     assert failures == []
     assert validate(found) == [
         Failure(
@@ -123,7 +124,7 @@ def test_all_failures_come_together(tmp_path: Path) -> None:
     folder = write(tmp_path, tables)
     with (folder / "prompts.jsonl").open("a") as file:
         file.write("{oops\n")
-    found, failures = read_dataset(folder, 0.5)
+    found, failures = read_dataset(folder, 0.5, tmp_path)
     failures = sorted(failures + validate(found, Limits(2, 2), WordCounter()))
     assert [(f.file, f.row, f.field, f.reason.partition(" (")[0], f.value) for f in failures] == [
         (
@@ -166,7 +167,7 @@ def test_prompts_that_the_template_refuses_are_reported_by_row(tmp_path: Path) -
         tables[table][row]["prompt"] = [system, {"role": "user", "content": prompt}]
     tables["ratings"][3]["prompt"] += " and so on"
     tables["ratings"][4]["prompt"] = None
-    found, failures = read_dataset(write(tmp_path, tables), 0.5)
+    found, failures = read_dataset(write(tmp_path, tables), 0.5, tmp_path)
     failures += validate(found, Limits(2, 2), PickyCounter())
     refused = "the chat template refuses this prompt (no system role)"
     assert [(f.file, f.row, f.field, f.reason, f.value) for f in failures] == [
@@ -187,7 +188,7 @@ def test_prompts_that_the_template_refuses_are_reported_by_row(tmp_path: Path) -
 def test_an_empty_split_names_the_table(tmp_path: Path) -> None:
     tables = good_tables()
     tables["prompts"] = tables["prompts"][:1]
-    found, failures = read_dataset(write(tmp_path, tables), 1e-9)
+    found, failures = read_dataset(write(tmp_path, tables), 1e-9, tmp_path)
     assert [(f.file, f.row, f.reason.partition(";")[0]) for f in failures] == [
         ("demonstrations.jsonl", None, "demonstrations has no test rows"),
         ("preferences.jsonl", None, "preferences has no test rows"),
@@ -198,18 +199,18 @@ def test_an_empty_split_names_the_table(tmp_path: Path) -> None:
 
 def test_two_files_for_one_table_join_the_report(tmp_path: Path) -> None:
     (write(tmp_path, good_tables()) / "prompts.csv").write_text("prompt\nA\n")
-    found, [failure] = read_dataset(tmp_path, 0.5)
+    found, [failure] = read_dataset(tmp_path, 0.5, tmp_path)
     assert "prompts" not in found
     assert (failure.file, failure.row) == ("prompts", None)
     assert "prompts.jsonl and prompts.csv" in failure.reason
 
 
 def test_a_folder_without_any_table(tmp_path: Path) -> None:
-    tables, failures = read_dataset(tmp_path, 0.5)
+    tables, failures = read_dataset(tmp_path, 0.5, tmp_path)
     assert [failure.file for failure in failures] == ["demonstrations", "preferences", "prompts"]
     assert validate(tables) == []
     with pytest.raises(DataError, match="no data set at"):
-        read_dataset(tmp_path / "nowhere", 0.5)
+        read_dataset(tmp_path / "nowhere", 0.5, tmp_path)
 
 
 def test_limits_need_a_counter() -> None:

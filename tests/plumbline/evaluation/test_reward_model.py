@@ -77,7 +77,7 @@ def measure(
     **options: Any,
 ) -> HeldOut:
     return measure_reward_model(
-        model, PAIRS, ratings, normalisation, batch_size=4, pad_token_id=PAD, **options
+        model, PAIRS, ratings, normalisation, max_tokens=4, pad_token_id=PAD, **options
     )
 
 
@@ -184,7 +184,7 @@ def test_a_judge_has_the_same_metrics_under_its_own_name(wide_scorer: PreTrained
 def test_without_a_clean_pair_nothing_is_said_of_clean_ones(scorer: PreTrainedModel) -> None:
     pairs = [{**row, "clean": False} for row in PAIRS]
     metrics = measure_reward_model(
-        scorer, pairs, None, NO_NORMALISATION, batch_size=4, pad_token_id=PAD
+        scorer, pairs, None, NO_NORMALISATION, max_tokens=4, pad_token_id=PAD
     ).metrics
     assert set(metrics) == {
         "reward_model/accuracy_all_labels",

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from plumbline.data.collate import pad_left, pad_right, position_ids
+from plumbline.losses.preference import pairwise_loss
 from plumbline.models.load import base_model, base_tokenizer, load_lm
 from plumbline.models.scalar_head import (
     load_scalar_model,
@@ -150,6 +151,23 @@ def test_scores_are_the_same_padded_or_alone(
     for row, positions, mine in zip(values, mask, expected, strict=True):
         assert row[positions].tolist() == pytest.approx(mine, abs=1e-4)
     assert len({round(score, 3) for score in scores}) == len(scores)
+
+
+def test_the_loss_of_pairs_and_its_gradient_are_those_of_each_sequence_alone(
+    scalar_model: PreTrainedModel, in_double: Any
+) -> None:
+    pairs = [[5, 6, 7, 8, 9, 10, EOS], [5, 6, 7, 8, 12, EOS], [20, 21, EOS], [20, 30, 31, EOS]]
+    model = in_double(scalar_model)
+    other = copy.deepcopy(model)
+    alone = [other.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in pairs]
+    expected = torch.stack([state @ other.score.weight[0] for state in alone])
+    mine = sequence_scores(model, *pad_right(pairs, PAD), pairs=True)
+    torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-9)
+    for scores in (mine, expected):
+        pairwise_loss(*scores.view(-1, 2).unbind(1), margin=0.3, centering=0.1)[0].backward()
+    for weight, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(weight.grad, theirs.grad, atol=1e-9, rtol=1e-9)
 
 
 def test_the_head_is_fresh_and_the_trunk_is_the_language_models(

@@ -296,8 +296,8 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key(load: Load) -> None:
 
 
 def test_an_alias_may_repeat_a_single_value(load: Load) -> None:
-    sft = load("sft: {batch_size: &b 8, micro_batch_size: *b}").experiment.sft
-    assert (sft.batch_size, sft.micro_batch_size) == (8, 8)
+    sft = load("sft: {batch_size: &b 8, epochs: *b}").experiment.sft
+    assert (sft.batch_size, sft.epochs) == (8, 8)
 
 
 @pytest.mark.parametrize(

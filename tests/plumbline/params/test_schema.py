@@ -61,14 +61,14 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "sft.max_grad_norm": ([1e-9], [0, -1]),
     "sft.epochs": ([1], [0]),
     "sft.batch_size": ([32], [0]),
-    "sft.micro_batch_size": ([1, 32], [0]),
+    "sft.micro_batch_tokens": ([1, 32], [0]),
     "reward_model.learning_rate": ([1], [0]),
     "reward_model.warmup_fraction": ([0, 1], [-0.01, 1.01]),
     "reward_model.weight_decay": ([0], [-0.1]),
     "reward_model.max_grad_norm": ([1e-9], [0]),
     "reward_model.epochs": ([1], [0]),
     "reward_model.batch_size": ([32], [0]),
-    "reward_model.micro_batch_size": ([1], [0]),
+    "reward_model.micro_batch_tokens": ([1], [0]),
     "reward_model.centering": ([0], [-0.01]),
     "rl.learning_rate": ([1], [0]),
     "rl.warmup_fraction": ([0, 1], [-0.01, 1.01]),
@@ -77,7 +77,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "rl.episodes": ([128], [0]),
     "rl.rollout_batch_size": ([64], [0]),
     "rl.mini_batch_size": ([64, 128], [0]),
-    "rl.micro_batch_size": ([1], [0]),
+    "rl.micro_batch_tokens": ([1], [0]),
     "rl.epochs": ([1], [0]),
     "rl.responses_per_prompt": ([2, 128], [1, 0, -2]),
     "rl.baseline_decay": ([0, 0.999], [-0.1, 1, 1.0]),
@@ -111,7 +111,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "dpo.max_grad_norm": ([1e-9], [0]),
     "dpo.epochs": ([1], [0]),
     "dpo.batch_size": ([32], [0]),
-    "dpo.micro_batch_size": ([1], [0]),
+    "dpo.micro_batch_tokens": ([1], [0]),
     "dpo.beta": ([0.001, 5], [0, -0.1]),
     "dpo.label_smoothing": ([0, 0.49], [-0.01, 0.5]),
     "dpo.lora.rank": ([1], [0]),
@@ -294,24 +294,10 @@ def test_each_source_of_a_model_takes_its_own_fields_only(source: str) -> None:
         Experiment.model_validate({"model": MODELS[source] | foreign[source]})
 
 
-MICRO = {"micro_batch_size": 3}
-
 CROSS_FIELD: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {"model": {"source": "scratch", "hidden_size": 10, "heads": 4}},
         "hidden_size must be a multiple of heads: expected 10 % 4 == 0, got 2",
-    ),
-    "sft": (
-        {"sft": {"batch_size": 32, "micro_batch_size": 12}},
-        "micro_batch_size must divide batch_size: expected 32 % 12 == 0, got 8",
-    ),
-    "sft larger": (
-        {"sft": {"batch_size": 8, "micro_batch_size": 16}},
-        "micro_batch_size must divide batch_size: expected 8 % 16 == 0, got 8",
-    ),
-    "reward_model": (
-        {"reward_model": {"batch_size": 9, "micro_batch_size": 2}},
-        "micro_batch_size must divide batch_size: expected 9 % 2 == 0, got 1",
     ),
     "episodes": (
         {"rl": {"episodes": 200}},
@@ -320,10 +306,6 @@ CROSS_FIELD: dict[str, tuple[dict[str, Any], str]] = {
     "mini": (
         {"rl": {"mini_batch_size": 48}},
         "mini_batch_size must divide rollout_batch_size: expected 128 % 48 == 0, got 32",
-    ),
-    "micro": (
-        {"rl": {"micro_batch_size": 48}},
-        "micro_batch_size must divide mini_batch_size: expected 64 % 48 == 0, got 16",
     ),
     "penalty": (
         {"rl": {"missing_eos": "subtract"}},
@@ -389,10 +371,6 @@ CROSS_FIELD: dict[str, tuple[dict[str, Any], str]] = {
         {"registry": {"merge_lora": False}, "alignment": {"method": "dpo"}},
         "merge_lora acts only with dpo.lora.enabled=true, and that is false; remove registry.merge",
     ),
-    "dpo": (
-        {"alignment": {"method": "dpo"}, "dpo": {"batch_size": 9, "micro_batch_size": 2}},
-        "micro_batch_size must divide batch_size: expected 9 % 2 == 0, got 1",
-    ),
     "prompt": (
         {"data": {"max_prompt_tokens": 65}},
         "<= 128, got 65 + 64 = 129",
@@ -418,12 +396,12 @@ def test_fields_that_contradict_each_other_are_refused(case: str) -> None:
     [
         {"rl": {"kl_controller": "adaptive", "kl_target": 3.0, "kl_horizon": 5}},
         {"rl": {"missing_eos": "subtract", "missing_eos_score": 0.0}},
-        {"sft": {"batch_size": 32, "micro_batch_size": 8}},
+        {"sft": {"batch_size": 9, "micro_batch_tokens": 2}},
         {"rl": {"kl_in": "loss", "kl_estimator": "k2"}},
         {"rl": {"kl_in": "loss", "kl_estimator": "k3"}},
         {"rl": {"algorithm": "rloo", "responses_per_prompt": 128}},
         # 4, the default of responses_per_prompt, need not divide where it has no effect.
-        {"rl": {"episodes": 6, "rollout_batch_size": 6, "mini_batch_size": 3} | MICRO},
+        {"rl": {"episodes": 6, "rollout_batch_size": 6, "mini_batch_size": 3}},
         {"rl": {"rewards": {"a:one": 1.0, "b:two": 0.0, "b.three": -1}}},
         {"registry": {"merge_lora": False}, "rl": {"lora": {"enabled": True}}},
         {

@@ -6,9 +6,8 @@ from transformers import PreTrainedModel
 
 from plumbline.rollout.experience import (
     Sequences,
-    pad_columns,
-    response_logits,
     response_logprobs,
+    response_states,
     response_values,
     score_sequences,
 )
@@ -106,42 +105,21 @@ def test_hidden_states_are_those_behind_the_logits(
     family_lm: PreTrainedModel, joined: Sequences
 ) -> None:
     with torch.no_grad():
-        logits, hidden = response_logits(family_lm, joined)
-        assert logits.shape == (*joined.response_mask.shape, 300)
-        assert hidden.shape == (*joined.response_mask.shape, 32)
-        for row, (query, answer) in enumerate(zip(QUERIES, ANSWERS, strict=True)):
+        hidden, is_linear = response_states(family_lm, joined)
+        assert is_linear
+        assert hidden.shape == (int(joined.response_mask.sum()), 32)
+        rows = hidden.split([len(answer) for answer in ANSWERS])
+        for mine, query, answer in zip(rows, QUERIES, ANSWERS, strict=True):
             # Before each token of the answer, of the sequence alone.
             ids = torch.tensor([[*query, *answer]])
             at = slice(len(query) - 1, len(query) + len(answer) - 1)
             last = family_lm.base_model(input_ids=ids).last_hidden_state[0, at]
-            mine = hidden[row, : len(answer)]
             torch.testing.assert_close(mine, last, atol=1e-4, rtol=0)
-            said = family_lm(input_ids=ids).logits[0, at]
-            torch.testing.assert_close(logits[row, : len(answer)], said, atol=1e-4, rtol=0)
-            torch.testing.assert_close(mine @ family_lm.lm_head.weight.T, said, atol=1e-4, rtol=0)
 
 
 def test_hidden_states_lead_back_to_the_trunk(lm: PreTrainedModel, joined: Sequences) -> None:
-    hidden = response_logits(lm, joined).hidden
-    hidden[joined.response_mask].sum().backward()
+    response_states(lm, joined).hidden.sum().backward()
     assert all(weight.grad is not None for weight in lm.transformer.h.parameters())
-
-
-def test_logits_are_only_kept_of_the_responses(lm: PreTrainedModel, joined: Sequences) -> None:
-    seen: list[int] = []
-    lm.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
-    with torch.no_grad():
-        response_logits(lm, joined)
-    assert seen == [joined.response_mask.shape[1] + 1]
-
-
-def test_nothing_stays_hooked_to_the_model(lm: PreTrainedModel, joined: Sequences) -> None:
-    with torch.no_grad():
-        response_logits(lm, joined)
-        assert not lm.lm_head._forward_pre_hooks
-        with pytest.raises((RuntimeError, IndexError)):
-            response_logits(lm, joined._replace(ids=joined.ids + 300))
-    assert not lm.lm_head._forward_pre_hooks
 
 
 def naive_value(model: PreTrainedModel, sequence: list[int]) -> float:
@@ -158,11 +136,11 @@ def test_a_value_is_read_before_its_token(scorer: PreTrainedModel, joined: Seque
         assert values[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("max_tokens", [1, 14, None])
 def test_a_score_is_read_at_the_last_real_token(
-    scorer: PreTrainedModel, joined: Sequences, batch_size: int
+    scorer: PreTrainedModel, joined: Sequences, max_tokens: int | None
 ) -> None:
-    scores = score_sequences(scorer, joined, batch_size)
+    scores = score_sequences(scorer, joined, max_tokens)
     expected = [naive_value(scorer, [*q, *a]) for q, a in zip(QUERIES, ANSWERS, strict=True)]
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)
     assert not scores.requires_grad
@@ -173,13 +151,33 @@ def test_scores_follow_the_order_of_the_sequences(
 ) -> None:
     order = torch.tensor([3, 1, 0, 2])
     torch.testing.assert_close(
-        score_sequences(scorer, joined.rows(order), 2),
-        score_sequences(scorer, joined, 2)[order],
+        score_sequences(scorer, joined.rows(order), 10),
+        score_sequences(scorer, joined, 10)[order],
         atol=1e-4,
         rtol=0,
     )
 
 
-def test_micro_batches_of_different_widths_are_stacked() -> None:
-    parts = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])]
-    assert pad_columns(parts, 3).tolist() == [[1, 0, 0], [2, 0, 0], [3, 4, 0]]
+def test_numbers_of_response_tokens_are_put_in_their_places(joined: Sequences) -> None:
+    spread = joined.spread(torch.arange(1.0, 12.0))
+    assert spread.tolist() == [
+        [1, 2, 3, 0, 0],
+        [4, 0, 0, 0, 0],
+        [5, 6, 0, 0, 0],
+        [7, 8, 9, 10, 11],
+    ]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_group_takes_at_most_so_many_tokens_with_its_padding(packed: bool) -> None:
+    queries = [[5] * 20, [5] * 2, [5] * 3, [5] * 19]
+    said = torch.tensor([2, 20, 19, 3])
+    mask = torch.arange(20) < said.unsqueeze(1)
+    responses = Responses(mask.long(), mask, mask[:, 0], torch.zeros(mask.shape))
+    joined = Sequences.join(queries, responses, 0)
+    groups = joined.micro_batches(50, packed=packed)
+    assert sorted(torch.cat(groups).tolist()) == [0, 1, 2, 3]
+    for group in groups:
+        part = joined.rows(group)
+        assert int(part.mask.sum() if packed else part.ids.numel()) <= 50
+    assert len(groups) == (2 if packed else 3)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, PreTrainedModel
+from transformers import Cache, GPT2Config, PreTrainedModel
 
+from plumbline.rollout import cache, generate
 from plumbline.rollout.generate import Responses, sample_responses
 
 PAD, EOS = 0, 1
@@ -36,26 +37,42 @@ def draw(
 
 
 class Scripted:
-    """Says the tokens of a script, one column a call, and remembers what it was given."""
+    """Answers each query, known by its last token, with a line of a script.
+
+    It reads off its cache which query a row is of, and remembers what it was given.
+    """
 
     device = torch.device("cpu")
     config = GPT2Config(n_layer=1)
 
-    def __init__(self, script: list[list[int]]) -> None:
-        self.script = torch.tensor(script)
+    def __init__(self, script: dict[int, list[int]]) -> None:
+        self.script = script
         self.calls: list[dict[str, Any]] = []
+        self.width = 0
 
-    def __call__(self, **inputs: Any) -> SimpleNamespace:
-        column = self.script[:, len(self.calls)]
+    def __call__(self, past_key_values: Cache, **inputs: Any) -> SimpleNamespace:
+        ids = inputs["input_ids"]
+        self.width = self.width or ids.shape[1]
+        states = ids[:, None, :, None].float()
+        seen, _ = past_key_values.update(states, states, 0)
+        step = seen.shape[2] - self.width
+        asked = seen[:, 0, self.width - 1, 0].long().tolist()
+        said = torch.tensor([self.script[query][step] for query in asked])
         self.calls.append({k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)})
-        logits = torch.nn.functional.one_hot(column, 10).float() * 1e4
+        logits = torch.nn.functional.one_hot(said, 10).float() * 1e4
         return SimpleNamespace(logits=logits.unsqueeze(1))
+
+
+def answering(*lines: list[int]) -> tuple[Scripted, list[list[int]]]:
+    """A model, with a query for each line of its script."""
+    queries = [[3, 20 + row] for row in range(len(lines))]
+    return Scripted({query[-1]: line for query, line in zip(queries, lines, strict=True)}), queries
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_a_response_ends_with_its_first_end_token(pad: int) -> None:
-    model = Scripted([[5, EOS, 7, 7], [6, 7, 8, EOS], [EOS, 5, 5, EOS], [9, 9, 9, 9]])
-    responses = draw(model, [[3], [3], [3], [3]], max_tokens=4, pad=pad)
+    model = answering([5, EOS, 7, 7], [6, 7, 8, EOS], [EOS, 5, 5, EOS], [9, 9, 9, 9])
+    responses = draw(*model, max_tokens=4, pad=pad)
     assert responses.ids.tolist() == [
         [5, EOS, pad, pad],
         [6, 7, 8, EOS],
@@ -69,38 +86,37 @@ def test_a_response_ends_with_its_first_end_token(pad: int) -> None:
 
 def test_each_stop_token_ends_a_response() -> None:
     # A chat model may end a turn with one token and a document with another.
-    model = Scripted([[5, 7, EOS, 9], [6, EOS, 7, 9], [5, 5, 5, 5], [7, EOS, 5, 5]])
-    responses = draw(model, [[3]] * 4, max_tokens=4, stops=(EOS, 7))
+    model = answering([5, 7, EOS, 9], [6, EOS, 7, 9], [5, 5, 5, 5], [7, EOS, 5, 5])
+    responses = draw(*model, max_tokens=4, stops=(EOS, 7))
     assert responses.lists() == [[5, 7], [6, EOS], [5, 5, 5, 5], [7]]
     assert responses.has_eos.tolist() == [True, True, False, True]
 
 
 def test_a_stop_token_at_the_limit_ends_its_response() -> None:
-    responses = draw(Scripted([[5, 6, EOS], [5, 6, 7]]), [[3], [3]], max_tokens=3)
+    responses = draw(*answering([5, 6, EOS], [5, 6, 7]), max_tokens=3)
     assert responses.lists() == [[5, 6, EOS], [5, 6, 7]]
     assert responses.has_eos.tolist() == [True, False]
 
 
 def test_a_pad_token_that_is_said_counts() -> None:
-    responses = draw(Scripted([[5, PAD, EOS]]), [[3]], max_tokens=3)
+    responses = draw(*answering([5, PAD, EOS]), max_tokens=3)
     assert responses.lists() == [[5, PAD, EOS]]
 
 
 def test_sampling_stops_when_all_have_ended() -> None:
-    model = Scripted([[5, EOS, 7, 7, 7], [EOS, 7, 7, 7, 7]])
-    responses = draw(model, [[3], [3]], max_tokens=5)
+    model, queries = answering([5, EOS, 7, 7, 7], [EOS, 7, 7, 7, 7])
+    responses = draw(model, queries, max_tokens=5)
     assert len(model.calls) == 2
     assert responses.ids.shape == (2, 2)
 
 
 def test_sampling_stops_at_the_limit() -> None:
-    model = Scripted([[5, 6, 7, 8]])
-    responses = draw(model, [[3]], max_tokens=3)
+    responses = draw(*answering([5, 6, 7, 8]), max_tokens=3)
     assert (responses.lists(), responses.has_eos.tolist()) == ([[5, 6, 7]], [False])
 
 
 def test_the_model_sees_positions_and_masks_of_real_tokens() -> None:
-    model = Scripted([[5, 6, 7], [6, 7, 8]])
+    model = Scripted({3: [5, 6, 7], 4: [6, 7, 8]})
     draw(model, [[3, 4, 3], [4]], max_tokens=3)
     positions = [call["position_ids"].tolist() for call in model.calls]
     assert positions == [[[0, 1, 2], [0, 0, 0]], [[3], [1]], [[4], [2]]]
@@ -192,11 +208,11 @@ def test_a_query_that_ends_in_a_stop_token_is_refused(stop: int) -> None:
     with pytest.raises(
         ValueError, match=rf"query 1 ends in the stop token {stop}; expected a prompt"
     ):
-        draw(Scripted([[5], [5]]), [[3], [3, stop]], max_tokens=1, stops=(EOS, 7))
+        draw(Scripted({}), [[3], [3, stop]], max_tokens=1, stops=(EOS, 7))
 
 
 def test_an_end_token_inside_a_query_is_fine() -> None:
-    assert draw(Scripted([[5]]), [[3, EOS, 4]], max_tokens=1).lists() == [[5]]
+    assert draw(Scripted({4: [5]}), [[3, EOS, 4]], max_tokens=1).lists() == [[5]]
 
 
 def naive_logprobs(
@@ -227,7 +243,7 @@ def test_logprobs_while_decoding_are_those_of_a_forward_pass(
 
 
 def test_a_token_drawn_for_sure_costs_nothing() -> None:
-    responses = draw(Scripted([[5, EOS, 7], [6, 7, 8]]), [[3], [3]], max_tokens=3)
+    responses = draw(*answering([5, EOS, 7], [6, 7, 8]), max_tokens=3)
     assert responses.logprobs.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
@@ -235,3 +251,84 @@ def test_sampling_leaves_no_graph(lm: PreTrainedModel) -> None:
     responses = draw(lm, [[3]], max_tokens=2)
     assert not responses.ids.requires_grad
     assert not responses.logprobs.requires_grad
+
+
+# Who else is in the batch
+
+
+# Some rows end early at these, and some go on to the limit.
+EARLY = tuple(range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("still_running", "prefill_tokens", "room", "packed"),
+    [
+        (0.0, 4096, 64, True), (1.0, 4096, 2, True), (0.75, 8, 1, True), (0.75, 4096, 64, False),
+        (1.0, 1, 64, False),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_does_not_depend_on_who_is_in_the_batch(
+    family_lm: PreTrainedModel, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+    still_running: float, prefill_tokens: int, room: int, packed: bool,
+) -> None:  # fmt: skip
+    queries = [[*sequence, 299] for sequence in sequences for _ in range(2)]
+
+    def drawn() -> Responses:
+        return draw(family_lm, queries, max_tokens=8, stops=EARLY, seed=4)
+
+    expected = drawn()
+    lengths = [len(answer) for answer in expected.lists()]
+    assert len(set(lengths)) > 3
+    assert len({tuple(answer) for answer in expected.lists()}) > len(sequences)
+    monkeypatch.setattr(generate, "STILL_RUNNING", still_running)
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(cache, "ROOM", room)
+    if not packed:
+        monkeypatch.setattr(generate, "take_packed", lambda _: False)
+    found = drawn()
+    assert found.lists() == expected.lists()
+    assert torch.equal(found.has_eos, expected.has_eos)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_row_is_answered_as_if_it_were_alone(
+    lm: PreTrainedModel, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [[*sequence, 299] for sequence in sequences]
+    uniform = torch.rand(
+        len(queries), 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    together = draw(lm, queries, max_tokens=8, stops=EARLY, seed=4)
+    for row, query in enumerate(queries):
+        monkeypatch.setattr(torch, "rand", lambda *_, row=row, **__: uniform[row : row + 1])
+        alone = draw(lm, [query], max_tokens=8, stops=EARLY)
+        assert alone.lists() == [together.lists()[row]]
+
+
+def test_rows_that_have_ended_leave_and_a_repeated_query_is_read_once() -> None:
+    model = Scripted({20: [5] * 8, 21: [EOS] * 8, 22: [6, EOS], 23: [7, 7, 7, EOS]})
+    queries = [[20], [21], [22], [23], [20], [21], [22], [23]]
+    responses = draw(model, queries, max_tokens=8)
+    lines = [[5] * 8, [EOS], [6, EOS], [7, 7, 7, EOS]]
+    assert responses.lists() == [*lines, *lines]
+    # Four queries; then 6, 4, 4 and 2 of the 8 rows go on. A quarter may stay with them.
+    assert [len(call["input_ids"]) for call in model.calls] == [4, 8, 4, 4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 256])
+def test_a_token_is_drawn_where_the_distribution_function_passes_the_number(
+    monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(generate, "PART", part)
+    logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().repeat(6, 1)
+    numbers = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 2**-53], dtype=torch.float64)
+    token, logprob = generate._draw(logits, 1.0, numbers)
+    assert token.tolist() == [0, 0, 2, 2, 3, 3]
+    assert logprob.exp().tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.3, 0.3], abs=1e-6)
+
+
+def test_the_rarest_tokens_can_be_drawn() -> None:
+    # Beside a probability near 1, float32 would not see them.
+    logits = torch.tensor([[0.0, -20.0, -20.0]])
+    last = 1 - 0.5 * torch.tensor([-20.0], dtype=torch.float64).exp()
+    assert generate._draw(logits, 1.0, last)[0].item() == 2

@@ -76,9 +76,9 @@ def near(values: list[float]) -> Any:
     return pytest.approx(values, abs=1e-4)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_the_score_is_the_reward_models(scorer: PreTrainedModel, micro_batch_size: int) -> None:
-    scores = score(scorer, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("micro_batch_tokens", [1, 4096])
+def test_the_score_is_the_reward_models(scorer: PreTrainedModel, micro_batch_tokens: int) -> None:
+    scores = score(scorer, micro_batch_tokens=micro_batch_tokens)
     assert scores.total.tolist() == near(naive_scores(scorer))
     assert set(scores.parts) == {"reward_model"}
     assert scores.total.dtype == torch.float32

@@ -38,7 +38,6 @@ def make_setting() -> Callable[..., Setting]:
             "episodes": 16,
             "rollout_batch_size": 8,
             "mini_batch_size": 8,
-            "micro_batch_size": 8,
             "epochs": 1,
             "learning_rate": 1e-3,
             "schedule": "constant",

@@ -58,7 +58,7 @@ def sft(lm: PreTrainedModel, **options: Any) -> None:
         {"prompt": [3, 10 + row, 1, 4], "response": [40 + row, 50 + row % 5, 1]}
         for row in range(40)
     ]
-    params = SFTParams(epochs=8, batch_size=4, micro_batch_size=2)
+    params = SFTParams(epochs=8, batch_size=4, micro_batch_tokens=48)
     train_sft(lm, rows, params, pad_token_id=0, seed=1, **options)
 
 
@@ -69,7 +69,7 @@ def rl(lm: PreTrainedModel, encoder: ChatEncoder, **options: Any) -> None:
     scorer = GPT2ForSequenceClassification(config).eval()
     prompts = [json.dumps([{"role": "user", "content": text}]) for text in ("fold", "a", "lake")]
     params = RLParams(
-        episodes=240, rollout_batch_size=8, mini_batch_size=4, micro_batch_size=2, epochs=2,
+        episodes=240, rollout_batch_size=8, mini_batch_size=4, micro_batch_tokens=48, epochs=2,
         missing_eos="subtract", missing_eos_score=0.0,
     )  # fmt: skip
     train_rl(

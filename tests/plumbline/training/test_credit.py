@@ -119,7 +119,6 @@ def test_one_baseline_serves_all_rollouts_of_a_run() -> None:
 
 GROUPS_OF_3 = {
     "responses_per_prompt": 3, "episodes": 6, "rollout_batch_size": 6, "mini_batch_size": 6,
-    "micro_batch_size": 6,
 }  # fmt: skip
 GROUP_MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
 # Whole returns 1, 5, 6 of the first prompt, 2, 2, 2 of the second.

@@ -17,7 +17,6 @@ from plumbline.training.dpo import (
     held_out_metrics,
     pair_batch,
     pair_logprobs,
-    sum_logprobs,
     train_dpo,
 )
 from plumbline.training.lora import adapter_off, add_adapter
@@ -48,7 +47,6 @@ def dpo_params(**changes: Any) -> DPOParams:
     defaults: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 8,
-        "micro_batch_size": 8,
         "learning_rate": 5e-4,
         "schedule": "constant",
         "warmup_fraction": 0.0,
@@ -109,12 +107,12 @@ def other_policy(lm: PreTrainedModel) -> PreTrainedModel:
     return policy
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 14])
+@pytest.mark.parametrize("max_tokens", [1, 100, 4096])
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_log_probabilities_are_those_of_each_response_alone(
-    lm: PreTrainedModel, batch_size: int, pad: int
+    lm: PreTrainedModel, max_tokens: int, pad: int
 ) -> None:
-    logprobs = pair_logprobs(lm, ROWS, batch_size, pad)
+    logprobs = pair_logprobs(lm, ROWS, max_tokens, pad)
     for side in ("chosen", "rejected"):
         expected = [naive_logprob(lm, row["prompt"], row[side]) for row in ROWS]
         assert getattr(logprobs, side).tolist() == pytest.approx(expected, abs=1e-4)
@@ -135,42 +133,17 @@ def test_a_batch_marks_the_tokens_of_the_responses() -> None:
     batch = pair_batch(rows, PAD)
     assert batch["ids"].tolist() == [
         [7, 8, 5, EOS, PAD],
-        [9, PAD, 6, 6, EOS],
         [7, 8, EOS, PAD, PAD],
+        [9, PAD, 6, 6, EOS],
         [9, 5, EOS, PAD, PAD],
     ]
     assert batch["response_mask"].int().tolist() == [
         [0, 0, 1, 1, 0],
-        [0, 1, 1, 1, 1],
         [0, 0, 1, 0, 0],
+        [0, 1, 1, 1, 1],
         [0, 1, 1, 0, 0],
     ]
-    assert batch["mask"].sum(1).tolist() == [4, 5, 3, 3]
-
-
-def test_sums_by_hand_and_no_gradient_where_nothing_counts() -> None:
-    # softmax(0, log 3) = 1/4, 3/4. Row 1: log 3/4 + log 1/4; row 2: log 3/4.
-    logits = torch.zeros(2, 3, 2, dtype=torch.float64)
-    logits[..., 1] = math.log(3)
-    mask = torch.tensor([[True, True, False], [False, True, False]])
-    logits[~mask] = math.nan
-    logits.requires_grad_()
-    sums = sum_logprobs(logits, torch.tensor([[1, 0, 1], [0, 1, 0]]), mask)
-    expected = [math.log(3 / 4) + math.log(1 / 4), math.log(3 / 4)]
-    assert sums.tolist() == pytest.approx(expected, rel=1e-14)
-    (gradient,) = torch.autograd.grad(sums.sum(), logits)
-    assert gradient[~mask].tolist() == [[0.0, 0.0]] * 3
-    # One-hot less softmax.
-    assert gradient[0, 0].tolist() == pytest.approx([-1 / 4, 1 / 4], rel=1e-14)
-    assert gradient[0, 1].tolist() == pytest.approx([3 / 4, -3 / 4], rel=1e-14)
-
-
-def test_gradcheck_of_the_sums() -> None:
-    logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, mask = torch.tensor([[1, 0, 3], [2, 1, 0]]), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
-    assert torch.autograd.gradcheck(
-        lambda x: sum_logprobs(x, tokens, mask), logits.requires_grad_()
-    )
+    assert batch["mask"].sum(1).tolist() == [4, 3, 5, 3]
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -178,7 +151,7 @@ def test_before_training_the_loss_is_log_two_and_the_margins_are_0(
     lm: PreTrainedModel, label_smoothing: float
 ) -> None:
     params = dpo_params(
-        epochs=10, batch_size=14, micro_batch_size=7, learning_rate=1e-12,
+        epochs=10, batch_size=14, micro_batch_tokens=200, learning_rate=1e-12,
         label_smoothing=label_smoothing,
     )  # fmt: skip
     reference = pair_logprobs(lm, ROWS, 5, PAD)
@@ -186,7 +159,7 @@ def test_before_training_the_loss_is_log_two_and_the_margins_are_0(
     assert held_out["dpo/held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert held_out["dpo/held_out_margin"] == pytest.approx(0, abs=1e-5)
     (logged,) = train(lm, params, reference)
-    assert set(logged) == CURVES
+    assert {name for name in logged if name.startswith("dpo/")} == CURVES
     assert logged["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5)
     for name in ("margin", "chosen_reward", "rejected_reward"):
         assert logged[f"dpo/{name}"] == pytest.approx(0, abs=1e-5)
@@ -217,7 +190,7 @@ def test_curves_are_means_over_the_pairs_and_the_reference_is_the_one_given(
     assert len({margin > 0 for margin in margins}) == 2
     # Ten steps on all pairs at a rate that moves nothing; 8 pairs and then 6 a forward pass.
     params = dpo_params(
-        epochs=10, batch_size=16, micro_batch_size=8, learning_rate=1e-12, beta=beta,
+        epochs=10, batch_size=16, micro_batch_tokens=200, learning_rate=1e-12, beta=beta,
         label_smoothing=label_smoothing,
     )  # fmt: skip
     (logged,) = train(policy, params, pair_logprobs(lm, ROWS, 3, PAD))
@@ -230,7 +203,7 @@ def test_curves_are_means_over_the_pairs_and_the_reference_is_the_one_given(
 
 def test_each_log_has_the_pairs_since_the_last_one(lm: PreTrainedModel) -> None:
     # 20 steps, so two logs: a mean over all pairs so far would lag behind.
-    history = train(lm, dpo_params(epochs=20, batch_size=14, micro_batch_size=7))
+    history = train(lm, dpo_params(epochs=20, batch_size=14, micro_batch_tokens=200))
     assert len(history) == 2
     assert history[0]["dpo/accuracy"] < history[1]["dpo/accuracy"] == 1
     for metrics in history:
@@ -253,7 +226,7 @@ def test_held_out_metrics_leave_wrong_labels_out_but_for_the_loss(lm: PreTrained
     policy = other_policy(lm)
     reference = pair_logprobs(lm, ROWS, 5, PAD)
     rows = [{**row, "clean": place % 3 > 0} for place, row in enumerate(ROWS)]
-    params = dpo_params(beta=0.3, micro_batch_size=4, label_smoothing=0.1)
+    params = dpo_params(beta=0.3, micro_batch_tokens=100, label_smoothing=0.1)
     metrics = held_out_metrics(policy, rows, reference, params, PAD)
     margins = naive_margins(policy, lm, 0.3)
     clean = [margin for place, margin in enumerate(margins) if place % 3 > 0]
@@ -274,13 +247,13 @@ def test_without_a_clean_pair_only_the_loss_is_measured(lm: PreTrainedModel) -> 
 
 def test_micro_batches_leave_the_training_the_same(lm: PreTrainedModel) -> None:
     trained = {}
-    for size in (8, 4, 2):
+    for size in (4096, 100, 1):
         model = copy.deepcopy(lm)
-        train(model, dpo_params(micro_batch_size=size))
+        train(model, dpo_params(micro_batch_tokens=size))
         trained[size] = weights(model)
-    assert float((trained[8] - weights(lm)).abs().max()) > 5e-4
-    for size in (4, 2):
-        torch.testing.assert_close(trained[size], trained[8], atol=1e-6, rtol=0)
+    assert float((trained[4096] - weights(lm)).abs().max()) > 5e-4
+    for size in (100, 1):
+        torch.testing.assert_close(trained[size], trained[4096], atol=1e-6, rtol=0)
 
 
 def test_recomputed_activations_leave_the_training_the_same(lm: PreTrainedModel) -> None:

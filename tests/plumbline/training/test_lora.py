@@ -249,7 +249,7 @@ def test_sft_trains_adapters_and_merges_them(
 ) -> None:
     before = held_out_loss(family_lm, ROWS, 8, 0)
     params = SFTParams(
-        epochs=15, batch_size=8, micro_batch_size=4, learning_rate=1e-2, schedule="constant",
+        epochs=15, batch_size=8, micro_batch_tokens=64, learning_rate=1e-2, schedule="constant",
         warmup_fraction=0.0, lora=LORA, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     train_sft(

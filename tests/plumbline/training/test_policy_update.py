@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
-from plumbline.rollout.experience import Experience, Sequences, response_logits
+from plumbline.rollout.experience import (
+    Experience,
+    Sequences,
+    response_states,
+    response_values,
+)
 from plumbline.training import policy_update
 from plumbline.training.models import Models, ValueHead
-from plumbline.training.policy_update import Optimizer, Setting, critic_values, update
+from plumbline.training.policy_update import Optimizer, Setting, trunk_values, update
 
 MakeSetting = Callable[..., Setting]
 Move = Callable[..., Any]
@@ -169,14 +174,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 2])
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 14])
 @pytest.mark.parametrize(("critic", "changes"), CASES)
 def test_the_gradient_is_that_of_the_whole_loss(
     models: Models, answered: Answered, make_setting: MakeSetting, critic: str,
-    changes: dict[str, Any], micro_batch_size: int,
+    changes: dict[str, Any], micro_batch_tokens: int,
 ) -> None:  # fmt: skip
     trained = double(with_critic(models, critic))
-    setting = make_setting(max_grad_norm=1e9, micro_batch_size=micro_batch_size, **changes)
+    setting = make_setting(max_grad_norm=1e9, micro_batch_tokens=micro_batch_tokens, **changes)
     experience = experience_of(trained, answered, setting.sampling.temperature)
     weights = [weight for module in modules(trained) for weight in module.parameters()]
     loss = naive_loss(trained, experience, answered, setting, KL_COEF)
@@ -210,15 +215,15 @@ def float_columns(experience: Experience) -> Experience:
     )
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 8])
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 14])
 @pytest.mark.parametrize("critic", ["reward_model", "shared"])
 def test_the_metrics_are_means_over_real_tokens(
     models: Models, answered: Answered, make_setting: MakeSetting, critic: str,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
 ) -> None:  # fmt: skip
     trained = with_critic(models, critic)
     setting = make_setting(
-        micro_batch_size=micro_batch_size, critic=critic, kl_in="loss", kl_estimator="k3",
+        micro_batch_tokens=micro_batch_tokens, critic=critic, kl_in="loss", kl_estimator="k3",
         entropy_coef=0.1, cliprange_high=0.3, temperature=0.8,
     )  # fmt: skip
     experience = float_columns(experience_of(trained, answered, 0.8, noise=0.3))
@@ -296,9 +301,9 @@ class Table(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         hidden = torch.ones(*input_ids.shape, 1, dtype=torch.float64)
-        return SimpleNamespace(logits=self.head(hidden[:, -logits_to_keep:]))
+        return SimpleNamespace(logits=self.head(hidden))
 
 
 def test_the_whole_loss_by_hand(make_setting: MakeSetting) -> None:
@@ -319,7 +324,7 @@ def test_the_whole_loss_by_hand(make_setting: MakeSetting) -> None:
         sequences, math.log(0.5) * one, math.log(0.375) * one, 2 * one, 0.9 * one, 3 * one
     )
     setting = make_setting(
-        episodes=1, rollout_batch_size=1, mini_batch_size=1, micro_batch_size=1, critic="shared",
+        episodes=1, rollout_batch_size=1, mini_batch_size=1, critic="shared",
         kl_in="loss", kl_estimator="k3", entropy_coef=0.25, value_coef=0.125, max_grad_norm=1e9,
     )  # fmt: skip
     old = policy.head.weight.detach().clone()
@@ -381,17 +386,17 @@ def test_micro_batches_leave_the_step_the_same(
         moved(module)
     before = [weights(module) for module in modules(models)]
     results = {}
-    for size in (8, 4, 2, 1):
+    for size in (4096, 24, 14, 1):
         trained = copy.deepcopy(models)
-        setting = make_setting(micro_batch_size=size, max_grad_norm=1e9, **changes)
+        setting = make_setting(micro_batch_tokens=size, max_grad_norm=1e9, **changes)
         stats = one_update(trained, experience, setting, learning_rate=0.05)
         results[size] = ([weights(module) for module in modules(trained)], stats)
-    for old, new in zip(before, results[8][0], strict=True):
+    for old, new in zip(before, results[4096][0], strict=True):
         assert float((new - old).abs().max()) > 1e-3
-    for size in (4, 2, 1):
-        for ours, whole in zip(results[size][0], results[8][0], strict=True):
+    for size in (24, 14, 1):
+        for ours, whole in zip(results[size][0], results[4096][0], strict=True):
             torch.testing.assert_close(ours, whole, atol=1e-6, rtol=0)
-        assert results[size][1] == pytest.approx(results[8][1], abs=1e-4, rel=1e-4)
+        assert results[size][1] == pytest.approx(results[4096][1], abs=1e-4, rel=1e-4)
 
 
 def test_the_order_and_the_padding_of_a_rollout_do_not_matter(
@@ -448,7 +453,7 @@ def test_each_row_is_updated_on_once_an_epoch(
         number = float(len(seen))
         return {"val/ratio": number, "policy/ratio_max": 7 - number, "policy/approxkl_avg": 0.5}
 
-    setting = make_setting(mini_batch_size=4, micro_batch_size=2, epochs=3)
+    setting = make_setting(mini_batch_size=4, epochs=3)
     experience = experience_of(models, answered)
     monkeypatch.setattr(policy_update, "_accumulate", accumulate)
     steps: list[str] = []
@@ -491,7 +496,7 @@ def test_target_kl_ends_the_epochs_before_the_step_is_taken(
         adam=SimpleNamespace(step=lambda: steps.append("step")),
         schedule=SimpleNamespace(step=lambda: steps.append("rate")),
     )
-    setting = make_setting(mini_batch_size=4, micro_batch_size=4, epochs=3, target_kl=target)
+    setting = make_setting(mini_batch_size=4, epochs=3, target_kl=target)
     stats = one_update(models, experience_of(models, answered), setting, optimizer=optimizer)
     assert steps.count("step") == taken
     # The schedule goes on as if all steps had been taken.
@@ -506,7 +511,7 @@ def test_target_kl_keeps_the_weights_that_passed_it(
     models: Models, answered: Answered, make_setting: MakeSetting, weights: Flatten
 ) -> None:
     # The old log-probs are 0.3 off, so that the first mini-batch's KL passes at once.
-    setting = make_setting(mini_batch_size=4, micro_batch_size=4, epochs=4, target_kl=0.01)
+    setting = make_setting(mini_batch_size=4, epochs=4, target_kl=0.01)
     before = [weights(module) for module in modules(models)]
     experience = float_columns(experience_of(models, answered, noise=0.3))
     stats = one_update(models, experience, setting)
@@ -520,9 +525,7 @@ def test_target_kl_keeps_the_weights_that_passed_it(
 def test_the_rate_is_0_at_the_end_whatever_target_kl_left_out(
     models: Models, answered: Answered, make_setting: MakeSetting, schedule: str
 ) -> None:
-    setting = make_setting(
-        mini_batch_size=4, micro_batch_size=4, epochs=3, schedule=schedule, target_kl=1e-9
-    )
+    setting = make_setting(mini_batch_size=4, epochs=3, schedule=schedule, target_kl=1e-9)
     optimizer = Optimizer.of(models, setting.params)
     start = optimizer.schedule.get_last_lr()[0]
     logprobs, _ = answered.tokens(models.policy)
@@ -597,10 +600,9 @@ def test_values_of_a_shared_trunk_are_read_off_its_hidden_states(
     assert isinstance(shared.critic, ValueHead)
     with torch.no_grad():
         shared.critic.linear.bias.fill_(0.5)
-        hidden = response_logits(shared.policy, answered.sequences).hidden
-        values = critic_values(shared.critic, answered.sequences, hidden)
+        hidden = response_states(shared.policy, answered.sequences).hidden
+        values = trunk_values(shared.critic, answered.sequences, hidden)
         expected = naive_values(shared, answered)
-    assert values is not None
     assert values.dtype == torch.float32
     for row, mine in enumerate(expected):
         assert values[row, : len(mine)].tolist() == pytest.approx(mine.tolist(), abs=1e-4)
@@ -609,13 +611,7 @@ def test_values_of_a_shared_trunk_are_read_off_its_hidden_states(
 def test_values_of_a_scalar_model_are_its_own(models: Models, answered: Answered) -> None:
     critic = models.critic
     assert isinstance(critic, PreTrainedModel)
-    hidden = torch.zeros(8, 6, 32)
     with torch.no_grad():
-        values = critic_values(critic, answered.sequences, hidden)
-    assert values is not None
+        values = response_values(critic, answered.sequences)
     for row, mine in enumerate(answered.readings(critic)):
         assert values[row, : len(mine) - 1].tolist() == pytest.approx(mine[:-1], abs=1e-4)
-
-
-def test_without_a_critic_there_are_no_values(answered: Answered) -> None:
-    assert critic_values(None, answered.sequences, torch.zeros(8, 6, 32)) is None

@@ -52,7 +52,7 @@ ROWS: list[dict[str, Any]] = [
 SUPERVISED: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 4,
-    "micro_batch_size": 2,
+    "micro_batch_tokens": 40,
     "learning_rate": 1e-3,
     "schedule": "cosine",
     "warmup_fraction": 0.2,
@@ -108,7 +108,7 @@ def supervised(
         history: list[dict[str, float]] = []
         train(
             mine, params=params, pad_token_id=PAD, seed=7, progress=ignore_progress,
-            log=lambda step, metrics: history.append({"step": step, **metrics}),
+            log=lambda step, metrics: history.append({"step": step, **timeless(metrics)}),
             checkpoints=checkpoints, **more,
         )  # fmt: skip
         return Ended(all_weights(mine), history, [])
@@ -168,7 +168,7 @@ def training(
             shared_lm, train_dpo, DPOParams(**SUPERVISED, **lora), rows=ROWS, reference=reference
         )
     changes: dict[str, Any] = {
-        "episodes": 24, "mini_batch_size": 4, "micro_batch_size": 2, "epochs": 2,
+        "episodes": 24, "mini_batch_size": 4, "micro_batch_tokens": 40, "epochs": 2,
         "schedule": "linear", "warmup_fraction": 0.3, "weight_decay": 0.1,
     }  # fmt: skip
     setting = make_setting(response_tokens=4, **{**changes, **RL[name]})
@@ -459,7 +459,7 @@ def test_a_full_gpu_names_the_fields_to_change(
     message = str(caught.value)
     assert message.startswith(f"{section}: the GPU's memory is full (CUDA out of memory.")
     assert "More." not in message
-    assert f"lower {section}.micro_batch_size, which is 2" in message
+    assert f"lower {section}.micro_batch_tokens, which is 40 (the longest row has " in message
     assert f"set {section}.gradient_checkpointing to true" in message
     kept = checkpoints.newest()
     assert kept is not None

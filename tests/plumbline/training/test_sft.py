@@ -31,7 +31,6 @@ def sft_params(**changes: Any) -> SFTParams:
     defaults: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 8,
-        "micro_batch_size": 8,
         "learning_rate": 1e-3,
         "schedule": "constant",
         "warmup_fraction": 0.0,
@@ -67,18 +66,18 @@ def naive_loss(model: PreTrainedModel, *, on_prompt: bool = False) -> float:
     return math.fsum(terms) / len(terms)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 14])
+@pytest.mark.parametrize("max_tokens", [1, 50, 4096])
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_held_out_loss_is_the_mean_over_all_response_tokens(
-    lm: PreTrainedModel, batch_size: int, pad: int
+    lm: PreTrainedModel, max_tokens: int, pad: int
 ) -> None:
-    assert held_out_loss(lm, ROWS, batch_size, pad) == pytest.approx(naive_loss(lm), abs=1e-5)
+    assert held_out_loss(lm, ROWS, max_tokens, pad) == pytest.approx(naive_loss(lm), abs=1e-5)
 
 
 def test_training_lowers_the_loss_of_the_responses(lm: PreTrainedModel) -> None:
-    before = held_out_loss(lm, ROWS, 14, PAD)
+    before = held_out_loss(lm, ROWS, 4096, PAD)
     train(lm, sft_params(epochs=10))
-    assert held_out_loss(lm, ROWS, 14, PAD) < 0.7 * before
+    assert held_out_loss(lm, ROWS, 4096, PAD) < 0.7 * before
     assert not lm.training
 
 
@@ -89,7 +88,7 @@ def test_the_first_logged_loss_is_that_of_the_counted_tokens(
     # Ten steps on all rows at a rate that moves nothing: the mean of ten equal losses.
     expected = naive_loss(lm, on_prompt=train_on_prompt)
     params = sft_params(
-        epochs=10, batch_size=14, micro_batch_size=7, learning_rate=1e-12,
+        epochs=10, batch_size=14, micro_batch_tokens=100, learning_rate=1e-12,
         train_on_prompt=train_on_prompt,
     )  # fmt: skip
     history = train(lm, params)
@@ -105,13 +104,24 @@ def test_the_prompt_counts_only_where_asked(lm: PreTrainedModel) -> None:
 
 def test_micro_batches_leave_the_training_the_same(lm: PreTrainedModel) -> None:
     trained = {}
-    for size in (8, 4, 2):
+    for size in (4096, 50, 1):
         model = copy.deepcopy(lm)
-        train(model, sft_params(micro_batch_size=size, learning_rate=5e-4))
+        train(model, sft_params(micro_batch_tokens=size, learning_rate=5e-4))
         trained[size] = weights(model)
-    assert float((trained[8] - weights(lm)).abs().max()) > 5e-4
-    for size in (4, 2):
-        torch.testing.assert_close(trained[size], trained[8], atol=1e-6, rtol=0)
+    assert float((trained[4096] - weights(lm)).abs().max()) > 5e-4
+    for size in (50, 1):
+        torch.testing.assert_close(trained[size], trained[4096], atol=1e-6, rtol=0)
+
+
+def test_micro_batches_share_narrow_weights(lm: PreTrainedModel) -> None:
+    losses = []
+    for size in (4096, 50, 1):
+        history = train(
+            copy.deepcopy(lm), sft_params(micro_batch_tokens=size, epochs=5), precision="bf16"
+        )
+        losses.append((history[-1]["sft/loss"], history[-1]["sft/grad_norm"]))
+    for split in losses[1:]:
+        assert split == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -41,9 +41,17 @@ def squared(outputs: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> Tens
     return (outputs - labels).square().sum() / num_items_in_batch
 
 
+# Each row is a sequence of one token, and there is no head.
+SHAPE: dict[str, Any] = {"lengths": lambda _: [1], "predicting": lambda _: 0, "packed": True}
+PERF = {
+    "perf/tokens_per_s", "perf/rows_per_s", "perf/flops_per_s", "perf/mfu", "perf/padding_share",
+    "time/update_s",
+}  # fmt: skip
+
+
 def params(**changes: Any) -> SupervisedParams:
     defaults: dict[str, Any] = {
-        "epochs": 10, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.1,
+        "epochs": 10, "batch_size": 4, "micro_batch_tokens": 2, "learning_rate": 0.1,
         "schedule": "constant", "warmup_fraction": 0.0, "max_grad_norm": 1e9,
     }  # fmt: skip
     return SupervisedParams(**{**defaults, **changes})
@@ -56,7 +64,8 @@ def run(
     done: list[tuple[int, int]] = []
     model = Line()
     fit(
-        model, rows, collate, settings, section="sft", loss=squared, seed=0, precision="fp32",
+        model, rows, collate, settings, section="sft", **SHAPE, loss=squared, seed=0,
+            precision="fp32",
         log=lambda step, metrics: logged.append((step, metrics)),
         progress=lambda *state: done.append(state),
     )  # fmt: skip
@@ -74,7 +83,7 @@ def test_it_learns() -> None:
 def test_metrics_are_named_after_the_section() -> None:
     _, logged, _ = run(params(), ROWS)
     assert [step for step, _ in logged] == [10, 20]
-    assert set(logged[0][1]) == {"sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch"}
+    assert set(logged[0][1]) == {"sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch"} | PERF
     assert logged[0][1]["sft/epoch"] == 5
     assert logged[0][1]["sft/lr"] == 0.1
     assert logged[1][1]["sft/loss"] < logged[0][1]["sft/loss"]
@@ -97,11 +106,14 @@ def test_further_metrics_are_asked_for_at_each_log() -> None:
             pass
 
     fit(
-        Line(), ROWS, collate, params(), section="sft", loss=squared, seed=0, precision="fp32",
+        Line(), ROWS, collate, params(), section="sft", **SHAPE, loss=squared, seed=0,
+            precision="fp32",
         log=lambda _, metrics: logged.append(metrics), progress=lambda *_: None, stats=Asked(),
     )  # fmt: skip
     assert [metrics["sft/asked"] for metrics in logged] == [1, 2]
-    assert set(logged[0]) == {"sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch", "sft/asked"}
+    assert set(logged[0]) - PERF == {
+        "sft/loss", "sft/grad_norm", "sft/lr", "sft/epoch", "sft/asked"
+    }  # fmt: skip
 
 
 def test_progress_counts_rows_and_ends_at_their_total() -> None:
@@ -122,7 +134,7 @@ def test_the_loss_is_the_mean_over_the_mini_batch() -> None:
 
 def test_gradients_are_clipped() -> None:
     # AdamW's first step is rate * g / (|g| + eps): a gradient as small as eps halves it.
-    settings = params(epochs=1, batch_size=8, micro_batch_size=8, max_grad_norm=1e-5)
+    settings = params(epochs=1, batch_size=8, micro_batch_tokens=8, max_grad_norm=1e-5)
     model, _, _ = run(settings, ROWS)
     assert model.weight.item() == pytest.approx(0.05, rel=1e-2)
 
@@ -163,8 +175,8 @@ def test_a_loss_that_is_not_finite_is_found_in_the_last_steps_too(epochs: int) -
 
     with pytest.raises(TrainingError, match="expected a finite loss"):
         fit(
-            Late(), ROWS, collate, params(epochs=epochs), section="sft", loss=squared, seed=0,
-            precision="fp32", log=lambda *_: None, progress=lambda *_: None,
+            Late(), ROWS, collate, params(epochs=epochs), section="sft", **SHAPE, loss=squared,
+            seed=0, precision="fp32", log=lambda *_: None, progress=lambda *_: None,
         )  # fmt: skip
 
 
@@ -207,8 +219,8 @@ def test_matrix_products_have_the_width_asked_for(precision: Any, width: torch.d
     seen: list[torch.dtype] = []
     model.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.dtype))
     fit(
-        model, ROWS, collate, params(epochs=60), section="sft", loss=squared, seed=0,
-        precision=precision, log=lambda *_: None, progress=lambda *_: None,
+        model, ROWS, collate, params(epochs=60), section="sft", **SHAPE, loss=squared, seed=0,
+            precision=precision, log=lambda *_: None, progress=lambda *_: None,
     )  # fmt: skip
     assert model.widths == {width}
     assert set(seen) == {model.weight.dtype} == {torch.float32}
