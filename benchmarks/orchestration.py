@@ -55,9 +55,9 @@ LOGGING = {"tasks.tracking": ("StepRun.log",)}
 
 REST: dict[str, tuple[str, ...]] = {
     "flows.cli": ("_verified", "_preflight", "_show_summary"),
-    "flows.prefect_server": ("join_server", "wait_for_server"),
-    "flows.alignment": (),
-    "flows.reports": ("write_report",),
+    "flows.services.prefect_server": ("join_server", "wait_for_server"),
+    "flows.alignment.flow": (),
+    "flows.alignment.reports": ("write_report",),
     "tasks.model_store": ("log_model", "register_model"),
     "tasks.pictures": ("publish_image",),
     "tasks.tracking": ("start_pipeline",),

@@ -26,7 +26,7 @@ from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 
 if TYPE_CHECKING:
-    from flows.summary import RunSummary
+    from flows.alignment.summary import RunSummary
     from plumbline.params.loader import Loaded
     from plumbline.refs import DataVersion
 
@@ -82,7 +82,7 @@ def run(
         if not (refresh or record) and (done := _nothing_to_do(project, loaded, data, started)):
             if json_file:
                 _write_json(json_file, _as_run_json(done))
-            from flows.closing import show_up_to_date
+            from flows.alignment.closing import show_up_to_date
 
             show_up_to_date(out, project, done)
             return
@@ -97,7 +97,7 @@ def run(
 def _nothing_to_do(
     project: Project, loaded: "Loaded", data: "DataVersion", started: float
 ) -> "RunSummary | None":
-    from flows.up_to_date import up_to_date
+    from flows.alignment.up_to_date import up_to_date
 
     try:
         return up_to_date(project, loaded, data, started)
@@ -113,7 +113,7 @@ def _align(
     refresh: list[str],
     allow_dirty: bool,
 ) -> "RunSummary":
-    from flows.prefect_server import join_server, wait_for_server
+    from flows.services.prefect_server import join_server, wait_for_server
     from tasks.sources import read_sources
 
     join_server(project.home)
@@ -123,8 +123,8 @@ def _align(
     with _uncollected():
         from prefect import tags
 
-        from flows.alignment import align
-        from flows.place import flow_tags
+        from flows.alignment.flow import align
+        from flows.alignment.place import flow_tags
         from flows.stopping import confirm_cancellation
         from tasks.bookkeeping import process_tag
 
@@ -160,7 +160,7 @@ def plan(
         project = _project()
         _check_steps(refresh)
         _check_writable(json_file)
-        from flows.planning import make_plan
+        from flows.alignment.planning import make_plan
         from plumbline.params.loader import find_params, is_sweep, load_experiment
         from tasks.data_version import current_version, pull_missing
 
@@ -190,7 +190,7 @@ def _plan_sweep(
     json_file: Path | None,
     allow_dirty: bool,
 ) -> None:
-    from flows.sweep_planning import plan_sweep, show_plan, verified_data
+    from flows.sweeps.planning import plan_sweep, show_plan, verified_data
     from plumbline.params.sweep import load_sweep
 
     if refresh:
@@ -236,8 +236,8 @@ def sweep(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.sweep_summary import show_sweep
-        from flows.sweeping import run_sweep
+        from flows.sweeps.command import run_sweep
+        from flows.sweeps.summary import show_sweep
 
         if parallel is not None:
             overrides = [*overrides, f"sweep.parallel={parallel}"]
@@ -265,7 +265,8 @@ def reproduce(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows import agreement, reproducing
+        from flows.reproducing import agreement
+        from flows.reproducing import command as reproducing
 
         found = reproducing.reproduce(project, run_id, allow_dirty=allow_dirty, keep=keep)
         if json_file:
@@ -318,18 +319,18 @@ def chat(
         if url and model:
             raise ParamsError(f"expected a model or --url, got both: {model} and {url}")
         _project()
-        from flows.closing import plain
+        from flows.markdown import plain
 
         speaker = "model" if url else model or "plumbline-policy@challenger"
         if url:
-            from flows.remote_chat import open_remote_chat
+            from flows.models.remote_chat import open_remote_chat
 
             answer = open_remote_chat(
                 url, temperature=temperature, max_tokens=max_tokens, seed=seed
             )
         else:
             err.print("[dim]loading …[/dim]")
-            from flows.chatting import open_chat
+            from flows.models.chatting import open_chat
 
             answer = open_chat(speaker, temperature=temperature, max_tokens=max_tokens, seed=seed)
         while True:
@@ -366,12 +367,12 @@ def promote(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.promoting import run_promotion
+        from flows.promotion.command import run_promotion
 
         found = run_promotion(project, err, model, threshold, ask=ask)
         if json_file:
             _write_json(json_file, found.model_dump(mode="json"))
-        from flows.promotion_summary import show
+        from flows.promotion.summary import show
 
         show(out, found, shown=ask and found.approved is not None)
         if found.outcome == "refused":
@@ -394,7 +395,7 @@ def serve(
     """Serve a model by MLflow's scoring server, for this machine alone, until Ctrl-C."""
     with _errors_as_exit_codes(), terminable():
         make_home(_project().home)
-        from flows.serving import serve_model
+        from flows.models.serving import serve_model
 
         serve_model(model, port, _say, temperature=temperature, max_tokens=max_tokens, seed=seed)
 
@@ -407,7 +408,7 @@ def data_check(
     """Validate the data set of an experiment as a run would, and print all that is wrong."""
     with _errors_as_exit_codes():
         project = _project()
-        from flows.checking import check_data
+        from flows.data.checking import check_data
         from plumbline.params.loader import load_experiment
         from tasks.data_version import pull_missing
 
@@ -452,7 +453,7 @@ def data_watch(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.watching_by_hand import watch_by_hand
+        from flows.watching.command import watch_by_hand
 
         found = watch_by_hand(project, out, experiment, ref, again=again)
         if json_file:
@@ -482,7 +483,7 @@ def data_import(
     with _errors_as_exit_codes():
         project = _project()
         make_home(project.home)
-        from flows.importing import import_data, report
+        from flows.data.importing import import_data, report
         from plumbline.data.sources import HubOptions
 
         options = HubOptions(revision, data_dir, split)
@@ -506,7 +507,7 @@ def collect_garbage(
     with _errors_as_exit_codes():
         project = _project()
         make_home(project.home)
-        from flows.housekeeping import collect, waste_table
+        from flows.storage.housekeeping import collect, waste_table
 
         out.print(waste_table(collect(project, keep_last, delete=delete)))
         if not delete:
@@ -537,9 +538,9 @@ def compare(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.choosing import choose_runs
-        from flows.comparing import compare_runs, curves, read_run
-        from flows.comparison_pages import report_folder, show, write_report
+        from flows.comparing.choosing import choose_runs
+        from flows.comparing.comparison import compare_runs, curves, read_run
+        from flows.comparing.pages import report_folder, show, write_report
         from plumbline.evaluation.frontier import frontier
 
         folder = report_folder(project, to)
@@ -559,7 +560,7 @@ def verify() -> None:
     """Hash everything that is stored, and name what is not as it was made."""
     with _errors_as_exit_codes():
         project = _project()
-        from flows.verifying import show_verified, verify_everything
+        from flows.storage.verifying import show_verified, verify_everything
 
         found = verify_everything(project)
         show_verified(out, found)
@@ -588,8 +589,8 @@ def up(
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.service_status import find_status, named_servers, show_status
-        from flows.starting import Wanted, bring_up
+        from flows.services.status import find_status, named_servers, show_status
+        from flows.services.up import Wanted, bring_up
 
         named = named_servers(project)
         wanted = Wanted(host, {"prefect": prefect_port, "mlflow": mlflow_port})
@@ -609,7 +610,7 @@ def down(json_file: JsonFile = None) -> None:
         project = _project()
         _check_writable(json_file)
         make_home(project.home)
-        from flows.ending import take_down
+        from flows.services.down import take_down
 
         ended = take_down(project, _say)
         if json_file:
@@ -628,7 +629,7 @@ def status(json_file: JsonFile = None) -> None:
     with _errors_as_exit_codes():
         project = _project()
         _check_writable(json_file)
-        from flows.service_status import find_status, named_servers, show_status
+        from flows.services.status import find_status, named_servers, show_status
 
         found = find_status(project, named_servers(project))
         if json_file:
@@ -738,7 +739,7 @@ def _print_error(error: Exception) -> None:
 
 
 def _show_summary(project: Project, summary: "RunSummary") -> None:
-    from flows.closing import show_summary
+    from flows.alignment.closing import show_summary
 
     show_summary(out, project, summary)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flows import services
+from flows.services.processes import members
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -113,7 +113,7 @@ def serve() -> Callable[..., AbstractContextManager[Up]]:
             yield Up(project, free_ports(), env)
         finally:
             project.cli("down")
-            for process in services.members(project.home):
+            for process in members(project.home):
                 process.kill()
 
     return serve
