@@ -54,7 +54,8 @@ LOGGING = {"tasks.tracking": ("StepRun.log",)}
 """What these functions call that is no training."""
 
 REST: dict[str, tuple[str, ...]] = {
-    "flows.cli": ("_verified", "_preflight", "_show_summary"),
+    "flows.alignment.command": ("pinned_data", "_preflight"),
+    "flows.alignment.closing": ("show_summary",),
     "flows.services.prefect_server": ("join_server", "wait_for_server"),
     "flows.alignment.flow": (),
     "flows.alignment.reports": ("write_report",),

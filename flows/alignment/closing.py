@@ -20,6 +20,12 @@ SHOWN_SAMPLES = 4
 START = "plumbline up"
 
 
+def show_run(console: Console, project: Project, summary: RunSummary) -> None:
+    """Print what a run has done, or that it had nothing to do."""
+    show = show_up_to_date if summary.mlflow_run_id is None else show_summary
+    show(console, project, summary)
+
+
 def show_summary(console: Console, project: Project, summary: RunSummary) -> None:
     """Print steps, samples before and after, metrics, figures, and how to open the two UIs."""
     console.print(_samples(summary))

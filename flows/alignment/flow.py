@@ -13,6 +13,7 @@ from flows.alignment.gpu import gpu_slot
 from flows.alignment.headline import headline_metrics
 from flows.alignment.naming import flow_run_name, run_name
 from flows.alignment.place import place_in_sweep
+from flows.alignment.planning import pinned_data
 from flows.alignment.reports import Origin, read_samples, write_report
 from flows.alignment.run_page import show_links, show_results
 from flows.alignment.summary import RunSummary, StepSummary
@@ -33,7 +34,7 @@ from tasks.base_model import base_model
 from tasks.bookkeeping import close_dead_runs
 from tasks.checkpoints import discard_checkpoints
 from tasks.data_objects import version_at
-from tasks.data_version import current_version, git_state, pull_missing
+from tasks.data_version import git_state
 from tasks.dpo import dpo
 from tasks.evaluate import evaluate
 from tasks.judge import judge
@@ -139,16 +140,14 @@ def _check_unedited() -> None:
 
 
 def _find_data(project: Project, loaded: Loaded, rev: str, allow_dirty: bool) -> DataVersion:
-    path = loaded.experiment.data.path
     if not rev:
-        pull_missing(project.root)
-        return current_version(project.root, path, allow_dirty=allow_dirty)
+        return pinned_data(project, loaded.experiment, allow_dirty=allow_dirty)
     if allow_dirty:
         raise ParamsError(
             f"allow_dirty is about edits in data/, and data_rev={rev} reads none of it; leave out "
             "the one or the other"
         )
-    return version_at(project.root, path, rev)
+    return version_at(project.root, loaded.experiment.data.path, rev)
 
 
 def _open_run(

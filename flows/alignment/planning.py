@@ -9,6 +9,7 @@ from plumbline.artifacts import DigestCache
 from plumbline.params.schema import Experiment, StepName
 from plumbline.project import Project
 from plumbline.refs import DataVersion, StepResult
+from tasks.data_version import current_version, pull_missing
 from tasks.keys import Ingredients, Pending, cache_key, digest_cache, ingredients
 from tasks.records import Record, damage, read_result, records
 
@@ -30,6 +31,16 @@ class Finished(NamedTuple):
 
     key: str
     result: StepResult
+
+
+def pinned_data(project: Project, experiment: Experiment, *, allow_dirty: bool) -> DataVersion:
+    """The experiment's data as data.dvc pins it, pulled where it is missing.
+
+    Raises:
+        DataError: it can't be had, or differs.
+    """
+    pull_missing(project.root)
+    return current_version(project.root, experiment.data.path, allow_dirty=allow_dirty)
 
 
 def make_plan(

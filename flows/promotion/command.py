@@ -35,7 +35,7 @@ def run_promotion(
             "--ask: expected a terminal to ask on, got none. Leave it out, or start the deployment "
             "`promote` in Prefect's UI, which asks there."
         )
-    from flows.services.prefect_server import join_server, wait_for_server
+    from flows.services.prefect_server import join_server
     from tasks.sources import read_sources
 
     # It starts beside these imports, which take as long.
@@ -52,17 +52,10 @@ def run_promotion(
         f"[bold]{match.challenger.called}[/bold] meets {match.opponent}, judged by the "
         f"{match.evaluation.scorer} …"
     )
-    from prefect import tags
-
     from flows.promotion.flow import promote
-    from flows.stopping import confirm_cancellation
-    from tasks.bookkeeping import process_tag
+    from flows.services.calling import calling
 
-    wait_for_server(project.home)
-    try:
-        with tags(process_tag()):
-            # Typed as what its function returns, the state; a call gives what the state holds.
-            run: Callable[..., Promotion] = cast(Any, promote)
-            return run(match.challenger.called, threshold, ask)
-    finally:
-        confirm_cancellation()
+    with calling(project.home):
+        # Typed as what its function returns, the state; a call gives what the state holds.
+        run: Callable[..., Promotion] = cast(Any, promote)
+        return run(match.challenger.called, threshold, ask)

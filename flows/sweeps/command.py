@@ -44,23 +44,17 @@ def run_sweep(
         f"{loaded.sweep.experiment}, {loaded.sweep.parallel} at a time; starting Prefect and "
         "MLflow …"
     )
-    from flows.services.prefect_server import join_server, wait_for_server
+    from flows.services.prefect_server import join_server
     from flows.sweeps.points import warm_up
 
     # It imports what the points need beside what is imported here.
     warm_up(project.home)
     join_server(project.home)
-    from prefect import tags
-
-    from flows.stopping import confirm_cancellation
+    from flows.services.calling import calling
     from flows.sweeps.flow import PointsFailed, sweep
-    from tasks.bookkeeping import process_tag
 
-    wait_for_server(project.home)
     try:
-        with tags(process_tag()):
+        with calling(project.home):
             return sweep(name, list(overrides), allow_dirty)
     except PointsFailed as failure:
         return failure.summary
-    finally:
-        confirm_cancellation()

@@ -1,0 +1,5 @@
+"""`python -m flows.cli`, which is `plumbline`."""
+
+from flows.cli import main
+
+main()
