@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,25 +50,6 @@ def contents(root: Path, *left_out: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and not any(path.is_relative_to(folder) for folder in left_out)
     }
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Processes whose working directory is below a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if (path / "cwd").resolve().is_relative_to(folder):
-                found.append((path / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
 
 
 def reproduction_of(project: SmallProject, run_id: str) -> Path:
@@ -143,7 +123,9 @@ class Reproduced(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def again(past: Past) -> Reproduced:
+def again(
+    past: Past, wait_for: Callable[..., None], processes_in: Callable[[Path], list[str]]
+) -> Reproduced:
     project, run_id = past.project, past.first["mlflow_run_id"]
     folder = reproduction_of(project, run_id)
     results = folder / "home" / "results"

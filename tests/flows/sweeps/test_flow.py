@@ -53,25 +53,6 @@ def write_sweep(project: SmallProject) -> None:
     (project.root / "faulty.py").write_text(FAULTY)
 
 
-def processes_in(folder: Path) -> list[str]:
-    """Processes whose working directory is below a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if (path / "cwd").resolve().is_relative_to(folder):
-                found.append((path / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
-
-
 def client_of(project: SmallProject) -> MlflowClient:
     return MlflowClient(f"sqlite:///{project.home / 'mlflow.db'}")
 
@@ -94,7 +75,7 @@ class Swept(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def swept(make_project: MakeProject) -> Swept:
+def swept(make_project: MakeProject, processes_in: Callable[[Path], list[str]]) -> Swept:
     # Without a named server: the points share the one that the sweep starts.
     project = make_project()
     write_sweep(project)
@@ -248,7 +229,9 @@ LONG = ("--set", "rl.episodes=1600", "--set", "checkpoints.every_steps=5")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
-def test_a_stopped_sweep_leaves_checkpoints_and_no_process(swept, served, number):
+def test_a_stopped_sweep_leaves_checkpoints_and_no_process(
+    swept, served, number, wait_for, processes_in
+):
     points = f"sweep.points=[{{rl.kl_coef: 0.0{number.value}}}]"
     before = {*(served.home / "checkpoints").glob("rl-*")}
 
