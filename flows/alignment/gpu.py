@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 from prefect.concurrency.sync import concurrency
 
+from flows.services.deploying import GPU_LIMIT
 from flows.services.prefect_server import is_own
 from plumbline.params.schema import StepName
 from plumbline.training.device import training_device
 
-LIMIT = "gpu"
-"""Name of the concurrency limit in Prefect that `plumbline up` makes."""
 LEASE_SECONDS = 60.0
 """How long a slot stays taken after the process that took it was killed."""
 COMPUTING: set[StepName] = {"sft", "reward_model", "judge", "rl", "dpo", "evaluate"}
@@ -32,5 +31,5 @@ def gpu_slot(step: StepName, fresh: bool) -> Iterator[None]:
         yield
         return
     # What fails while the slot is renewed must not end a training of hours.
-    with concurrency(LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
+    with concurrency(GPU_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
         yield

@@ -19,7 +19,6 @@ from flows.cli.common import (
     writing,
 )
 from plumbline.errors import ParamsError
-from plumbline.params.schema import StepName
 from plumbline.project import Project
 
 ExperimentName = Annotated[str, typer.Argument(help="A file in params/, by name or path.")]
@@ -162,6 +161,9 @@ def experiments() -> None:
 
 def _check_steps(steps: list[str]) -> None:
     from difflib import get_close_matches
+
+    # It takes as long as all else that `--help` needs.
+    from plumbline.params.schema import StepName
 
     known = get_args(StepName)
     for step in steps:

@@ -188,9 +188,7 @@ def _evaluation(project: Project, run: PastRun) -> Evaluation:
         ) from error
     prepared = _result(project, run, "prepare_data")
     assert isinstance(prepared, PreparedData)
-    scorer: ScorerName = (
-        "gold scorer" if params.gold else "judge" if params.judge else "reward model"
-    )
+    scorer = scorer_of(params)
     scoring: dict[ScorerName, StepName] = {"judge": "judge", "reward model": "reward_model"}
     model = _result(project, run, scoring[scorer]) if scorer in scoring else None
     return Evaluation(

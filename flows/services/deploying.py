@@ -35,6 +35,7 @@ from plumbline.params import schema
 from plumbline.project import Project
 
 GPU_LIMIT = "gpu"
+"""Name of the concurrency limit that lets one step at a time compute on the GPU."""
 PAGE = 200
 UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 
