@@ -51,8 +51,8 @@ def compare(
     """Lay finished runs side by side: metrics, what differs, reward against KL, samples."""
     with writing(json_file) as project:
         from flows.comparing.choosing import choose_runs
-        from flows.comparing.comparison import compare_runs, curves, read_run
         from flows.comparing.pages import report_folder, show, write_report
+        from flows.comparing.runs import compare_runs, curves, read_run
         from plumbline.evaluation.frontier import frontier
 
         folder = report_folder(project, to)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.comparing.comparison import Comparison, Values
 from flows.comparing.metric_rows import Estimate, MetricRow
+from flows.comparing.runs import Comparison, Values
 from flows.markdown import literal, plain, table_head, table_row
 from plumbline.errors import MachineError
 from plumbline.project import Project

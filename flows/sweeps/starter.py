@@ -115,7 +115,7 @@ def become(order: Order) -> None:
     take_place(Place(**order["place"]))
     sys.argv = ["plumbline", *order["arguments"]]
     # Only now: it looks where its output goes.
-    runpy.run_module("flows.cli", run_name="__main__", alter_sys=True)
+    runpy.run_module("flows.cli", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from mlflow.entities import Metric, Param
 from rich.console import Console
 
 from flows.comparing.choosing import MOST_RUNS, NEWEST, choose_runs
-from flows.comparing.comparison import Comparison, compare_runs, curves, read_run
 from flows.comparing.metric_rows import METRICS
 from flows.comparing.pages import markdown, report_folder, show, write_report
+from flows.comparing.runs import Comparison, compare_runs, curves, read_run
 from plumbline.errors import MachineError, ParamsError
 from plumbline.project import Project
 from plumbline.refs import StepResult
