@@ -51,7 +51,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m flows.preparing || echo "No databases to copy were made: the first run makes its own." >&2
+	$(BIN)/python -m flows.services.preparing || echo "No databases to copy were made: the first run makes its own." >&2
 	@touch $(READY)
 
 clean:

@@ -54,10 +54,11 @@ LOGGING = {"tasks.tracking": ("StepRun.log",)}
 """What these functions call that is no training."""
 
 REST: dict[str, tuple[str, ...]] = {
-    "flows.cli": ("_verified", "_preflight", "_show_summary"),
-    "flows.prefect_server": ("join_server", "wait_for_server"),
-    "flows.alignment": (),
-    "flows.reports": ("write_report",),
+    "flows.alignment.command": ("pinned_data", "_preflight"),
+    "flows.alignment.closing": ("show_summary",),
+    "flows.services.prefect_server": ("join_server", "wait_for_server"),
+    "flows.alignment.flow": (),
+    "flows.alignment.reports": ("write_report",),
     "tasks.model_store": ("log_model", "register_model"),
     "tasks.pictures": ("publish_image",),
     "tasks.tracking": ("start_pipeline",),

@@ -1,10 +1,15 @@
-"""Pieces of Markdown in which nothing that models or users wrote is obeyed."""
+"""Markdown, and text for the terminal, in which nothing that models or users wrote is obeyed."""
 
 import re
 
-from flows.closing import plain
+from rich.text import Text
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#!|~&$])")
+
+
+def plain(text: str) -> Text:
+    """What a model said, as it is: no markup, and no control character that the terminal obeys."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
 
 
 def table_head(*heads: str, right: int = 0) -> tuple[str, str]:

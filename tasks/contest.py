@@ -1,12 +1,10 @@
 """Step contest: two registered versions answer the same held-out prompts, one scorer for both."""
 
-import json
 from typing import Literal
 
 from prefect import task
 from transformers import PreTrainedModel
 
-from plumbline.data.rows import read_rows
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.evaluation.compare import Sampling
 from plumbline.evaluation.contest import (
@@ -21,7 +19,6 @@ from plumbline.evaluation.contest import (
 from plumbline.evaluation.plots import score_histogram
 from plumbline.functions import load_function
 from plumbline.models.load import load_tokenizer
-from plumbline.models.scalar_head import load_scalar_model
 from plumbline.params.schema import EvaluateParams, SamplingParams
 from plumbline.refs import DataRef, EvaluationRef, ModelRef, file_digest, folder_digest
 from plumbline.training.device import training_device
@@ -29,6 +26,7 @@ from plumbline.training.memory import memory_advice
 from plumbline.training.precision import autocast, resolve_precision
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.held_out import open_scorer, publish_answers, read_prompts
 from tasks.live import step_progress
 from tasks.pictures import publish_image
 
@@ -51,14 +49,9 @@ def contest(
         tracking.step_run(run, "contest", asked) as tracked,
         step_progress(tracked, "answers") as progress,
     ):
-        held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
-        tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "evaluation")
+        held_out = read_prompts(tracked, prompts, params)
         device = training_device()
-        judge = (
-            load_scalar_model(model_store.model_folder(scorer)).to(device).eval()
-            if scorer
-            else None
-        )
+        judge = open_scorer(scorer, device) if scorer else None
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
 
         def judged(player: ModelRef, before: int) -> Judged:
@@ -79,10 +72,7 @@ def contest(
             ours, theirs = judged(challenger, 0), judged(champion, len(held_out))
         metrics = contest_metrics(theirs, ours, params.bootstrap_samples, seed)
         tracked.finals(metrics)
-        rows = answer_table(held_out, theirs, ours, params.table_rows)
-        for row in rows:
-            row["prompt"] = json.loads(row["prompt"])[-1]["content"]
-        tracked.table("samples", rows)
+        publish_answers(tracked, answer_table(held_out, theirs, ours, params.table_rows))
         publish_image(
             tracked,
             "contest",

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from prefect import task
 
-from plumbline.data.rows import read_rows
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.evaluation.best_of_n import BestOf, best_of_n_curve, best_of_n_metrics
 from plumbline.evaluation.compare import (
@@ -21,7 +20,6 @@ from plumbline.evaluation.plots import score_histogram
 from plumbline.evaluation.reward_kl import reward_against_kl
 from plumbline.functions import load_function
 from plumbline.models.load import load_lm, load_tokenizer
-from plumbline.models.scalar_head import load_scalar_model
 from plumbline.params.schema import EvaluateParams, SamplingParams, reward_name
 from plumbline.refs import DataRef, EvaluationRef, ModelRef
 from plumbline.training.device import training_device
@@ -30,6 +28,7 @@ from plumbline.training.precision import autocast, resolve_precision
 from plumbline.training.reporting import Progress
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.held_out import open_scorer, publish_answers, read_prompts
 from tasks.live import step_progress
 from tasks.pictures import publish_image
 
@@ -55,15 +54,12 @@ def evaluate(
         memory_advice("evaluate", ["set evaluate.judge to false"] if judge else []),
     ):
         encoder = ChatEncoder(load_tokenizer(model_store.tokenizer_folder(sft)))
-        held_out = read_rows(tracking.open_uri(prompts.uri))["prompt"][: params.max_prompts]
-        tracked.dataset("prompts", prompts.digest, prompts.uri, prompts.rows, "evaluation")
+        held_out = read_prompts(tracked, prompts, params)
         device = training_device()
         reference = load_lm(model_store.model_folder(sft)).to(device).eval()
         trained = model_store.open_policy(tracking.open_uri(policy.uri)).to(device).eval()
-        scorer = load_scalar_model(model_store.model_folder(reward_model)).to(device).eval()
-        onlooker = (
-            load_scalar_model(model_store.model_folder(judge)).to(device).eval() if judge else None
-        )
+        scorer = open_scorer(reward_model, device)
+        onlooker = open_scorer(judge, device) if judge else None
         gold = load_function(params.gold, "evaluate.gold") if params.gold else None
         drawn = Sampling(sampling.response_tokens, sampling.temperature, seed)
         answers = len(held_out) * (2 + (params.best_of_n if params.best_of_n > 1 else 0))
@@ -99,10 +95,8 @@ def evaluate(
                 )
         metrics = compare(sft_answers, policy_answers, params, seed) | best_of_n_metrics(curve)
         tracked.finals(metrics)
-        rows = sample_table(held_out, sft_answers, policy_answers, params.table_rows)
-        for row in rows:
-            row["prompt"] = json.loads(row["prompt"])[-1]["content"]
-        tracked.table("samples", rows)
+        table = sample_table(held_out, sft_answers, policy_answers, params.table_rows)
+        rows = publish_answers(tracked, table)
         publish_image(
             tracked,
             "scores",

@@ -230,14 +230,13 @@ def step_run(run: PipelineRun, step: str, params: Mapping[str, Any]) -> Iterator
         "plumbline.key": run.key,
         "cache.hit": "false",
     }
-    run_id = _create_run(run.experiment_id, step, tags, params)
-    tracked = StepRun(run_id, run.experiment_id, step)
     try:
-        with system_metrics(tracked.log_system):
+        with (
+            _tracked(run.experiment_id, step, step, params, tags) as tracked,
+            system_metrics(tracked.log_system),
+        ):
             yield tracked
-        tracked.settle()
     except BaseException as error:
-        tracked.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
         if broken_device(error):
             raise TrainingError(
                 f"{step}: the GPU failed ({first_line(error)}). This process can't use it any "
@@ -245,40 +244,36 @@ def step_run(run: PipelineRun, step: str, params: Mapping[str, Any]) -> Iterator
                 "look into the GPU's log (nvidia-smi -q, dmesg)."
             ) from error
         raise
-    tracked.close("FINISHED")
 
 
-@contextlib.contextmanager
 def sweep_run(
     name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> Iterator[StepRun]:
+) -> contextlib.AbstractContextManager[StepRun]:
     """Open the run of a sweep, below which its points hang theirs, and close it as its body ends.
 
     The arguments are those of `start_pipeline`.
     """
-    with _run_of("sweep", name, home, params, tags) as tracked:
-        yield tracked
+    tags = {**tags, "plumbline.kind": "sweep"}
+    return _tracked(_experiment_id(home), name, "sweep", params, tags)
 
 
-@contextlib.contextmanager
 def promotion_run(
     name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> Iterator[StepRun]:
+) -> contextlib.AbstractContextManager[StepRun]:
     """Open the run of a promotion, below which the contest hangs its, and close it in the end.
 
     The arguments are those of `start_pipeline`.
     """
-    with _run_of("promotion", name, home, params, tags) as tracked:
-        yield tracked
+    tags = {**tags, "plumbline.kind": "promotion"}
+    return _tracked(_experiment_id(home), name, "promotion", params, tags)
 
 
 @contextlib.contextmanager
-def _run_of(
-    kind: str, name: str, home: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+def _tracked(
+    experiment_id: str, name: str, step: str, params: Mapping[str, Any], tags: Mapping[str, str]
 ) -> Iterator[StepRun]:
-    experiment_id = _experiment_id(home)
-    run_id = _create_run(experiment_id, name, {**tags, "plumbline.kind": kind}, params)
-    tracked = StepRun(run_id, experiment_id, kind)
+    """A run that is open while the body works, and says how that ended."""
+    tracked = StepRun(_create_run(experiment_id, name, tags, params), experiment_id, step)
     try:
         yield tracked
         tracked.settle()

@@ -9,11 +9,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flows import services
+from flows.services.processes import members
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject
@@ -113,7 +114,37 @@ def serve() -> Callable[..., AbstractContextManager[Up]]:
             yield Up(project, free_ports(), env)
         finally:
             project.cli("down")
-            for process in services.members(project.home):
+            for process in members(project.home):
                 process.kill()
 
     return serve
+
+
+@pytest.fixture(scope="session")
+def processes_in() -> Callable[[Path], list[str]]:
+    """Names the processes whose working directory is below a folder."""
+
+    def processes_in(folder: Path) -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if (path / "cwd").resolve().is_relative_to(folder):
+                    found.append((path / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    return processes_in
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    """Waits until a condition holds, at most so many seconds."""
+
+    def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come about"
+            time.sleep(0.1)
+
+    return wait_for

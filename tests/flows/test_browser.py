@@ -49,7 +49,7 @@ DEPLOYMENT = """\
 pull: []
 deployments:
   - name: tiny
-    entrypoint: flows.deployments.align
+    entrypoint: flows.deployments.align.align
     parameters: {experiment: tiny}
     work_pool: {name: local}
 """

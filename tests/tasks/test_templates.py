@@ -54,7 +54,7 @@ def test_a_store_is_the_same_with_a_template_and_without(
     if not with_template:
         monkeypatch.setattr(templates, "FOLDER", tmp_path / "nowhere")
     elif not templates.template("mlflow").exists():
-        pytest.skip("python -m flows.preparing was not run in this environment")
+        pytest.skip("python -m flows.services.preparing was not run in this environment")
     database = tmp_path / "home" / "mlflow.db"
     open_store(f"sqlite:///{database}")
     client()

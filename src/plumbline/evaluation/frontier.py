@@ -22,7 +22,7 @@ from plumbline.evaluation.reward_kl import (
     scorer_curves,
 )
 from plumbline.evaluation.scores import Interval
-from plumbline.evaluation.style import INK, MUTED, History, column, plain
+from plumbline.evaluation.style import INK, MUTED, History, arms, column, plain, sign
 
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#332288", "#E69F00", "#56B4E9", "#882255",
@@ -200,16 +200,11 @@ def _draw(axes: Axes, point: _Point | None, colour: str, marker: str) -> None:
         return
     axes.errorbar(
         [point.distance.mean], [point.value.mean],
-        xerr=_arms(point.distance), yerr=_arms(point.value),
+        xerr=arms(point.distance), yerr=arms(point.value),
         color=colour, marker=marker, markersize=8 if marker == "*" else 5.5,
         markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, capsize=1.5,
         zorder=5 if marker in MARKERS else 4,
     )  # fmt: skip
-
-
-def _arms(value: Interval) -> list[list[float]]:
-    # A bootstrap interval of values that hardly vary can miss their mean by a rounding error.
-    return [[max(value.mean - value.low, 0.0)], [max(value.high - value.mean, 0.0)]]
 
 
 def _letter(axes: Axes, runs: Sequence[RunCurve], name: str, styles: Sequence[_Style]) -> None:
@@ -273,16 +268,12 @@ def _handles(runs: Sequence[RunCurve], styles: Sequence[_Style]) -> list[Line2D]
     if any(KL in row for run in runs for row in run.history):
         handles.append(Line2D([], [], label=RL, color=MUTED, linewidth=1))
     if any(_held_out(run, "policy", name) for run in runs for name in SCORERS):
-        handles.append(_sign(HELD_OUT, MUTED, "o"))
+        handles.append(sign(HELD_OUT, MUTED, "o"))
     if any(_held_out(run, "sft", name) for run in runs for name in SCORERS):
-        handles.append(_sign(SFT, INK, "*"))
+        handles.append(sign(SFT, INK, "*"))
     if any(read_best_of_n(run.metrics) for run in runs):
-        handles.append(_sign(BEST_OF_N, INK, "s"))
+        handles.append(sign(BEST_OF_N, INK, "s"))
     return handles
-
-
-def _sign(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], label=label, color=colour, marker=marker, markersize=5, linestyle="")
 
 
 def _shortened(name: str) -> str:

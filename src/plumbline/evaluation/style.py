@@ -1,10 +1,13 @@
-"""What all figures share: colours that the colour-blind can tell apart, axes, smoothing."""
+"""What all figures share: colours that the colour-blind can tell apart, axes, signs, smoothing."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from plumbline.evaluation.scores import Interval
 
 History = Sequence[Mapping[str, float]]
 """The metrics of each rollout or optimizer step, in order; not every row has every metric."""
@@ -38,3 +41,14 @@ def plain(axes: Axes) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=8, colors=INK)
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def arms(value: Interval) -> list[list[float]]:
+    """How far an error bar reaches below and above its point, as matplotlib takes it: [2, 1]."""
+    # A bootstrap interval of values that hardly vary can miss their mean by a rounding error.
+    return [[max(value.mean - value.low, 0.0)], [max(value.high - value.mean, 0.0)]]
+
+
+def sign(label: str, colour: str, marker: str) -> Line2D:
+    """A marker, for the legend."""
+    return Line2D([], [], label=label, color=colour, marker=marker, markersize=5, linestyle="")

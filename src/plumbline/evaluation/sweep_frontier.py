@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 
 from plumbline.evaluation.best import KL, METRICS, SweepPoint
 from plumbline.evaluation.scores import Interval
-from plumbline.evaluation.style import ACCENT, INK, MUTED, SECOND, plain
+from plumbline.evaluation.style import ACCENT, INK, MUTED, SECOND, arms, plain, sign
 
 PANELS = {"score": "reward model (proxy)", "gold": "gold score", "judge": "independent judge"}
 MOST_CHARACTERS = 100
@@ -160,15 +160,10 @@ def _bars(
     axes: Axes, x: Interval, y: Interval, colour: str, marker: str, size: float, alpha: float = 1
 ) -> None:
     axes.errorbar(
-        [x.mean], [y.mean], xerr=_arms(x), yerr=_arms(y), color=colour, marker=marker,
+        [x.mean], [y.mean], xerr=arms(x), yerr=arms(y), color=colour, marker=marker,
         markersize=size, markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, capsize=1.5,
         alpha=alpha, linestyle="", zorder=4,
     )  # fmt: skip
-
-
-def _arms(value: Interval) -> list[list[float]]:
-    # A bootstrap interval of values that hardly vary can miss their mean by a rounding error.
-    return [[max(value.mean - value.low, 0.0)], [max(value.high - value.mean, 0.0)]]
 
 
 def _nats(axes: Axes, furthest: float) -> None:
@@ -191,12 +186,12 @@ def _handles(
     """What the marks are, as far as they are there."""
     point = "policy, numbered as in the table" if numbered else "policy, held-out prompts"
     handles = [
-        _sign(f"{point} (95% intervals)", INK, "o"),
-        _sign("SFT model", INK, "*"),
+        sign(f"{point} (95% intervals)", INK, "o"),
+        sign("SFT model", INK, "*"),
         Line2D([], [], label="not beaten at a smaller KL", color=MUTED, linewidth=1),
     ]
     if best is not None:
-        ring = _sign("best point", INK, "o")
+        ring = sign("best point", INK, "o")
         ring.set(markerfacecolor="none", markersize=9)
         handles.append(ring)
     if budget is not None:
@@ -205,10 +200,6 @@ def _handles(
             label += "; points beyond it are pale"
         handles.append(Line2D([], [], label=label, color=MUTED, linewidth=1, linestyle="--"))
     return handles
-
-
-def _sign(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], label=label, color=colour, marker=marker, markersize=5, linestyle="")
 
 
 def _label(axes: Axes, marks: Sequence[_Mark]) -> None:

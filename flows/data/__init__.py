@@ -1,0 +1,1 @@
+"""Data sets: their check without a run, and their import."""

@@ -1,0 +1,1 @@
+"""Registered models in use: talking to one, and serving one."""

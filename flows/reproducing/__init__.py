@@ -1,0 +1,1 @@
+"""A tracked run made again from its commit, params and data, and what agrees with it."""

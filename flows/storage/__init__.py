@@ -1,0 +1,1 @@
+"""What is kept on disk: what nothing refers to any more, and whether the rest is whole."""

@@ -1,0 +1,1 @@
+"""An experiment at many points: the flow of a sweep, its plan, its points and their processes."""

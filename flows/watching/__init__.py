@@ -1,0 +1,1 @@
+"""The look whether data has changed since it was trained on, and what it announces."""

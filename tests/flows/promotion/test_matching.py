@@ -1,0 +1,98 @@
+"""Whether a scorer can judge two versions, and what a decision says."""
+
+from __future__ import annotations
+
+import pytest
+
+from flows.promotion.flow import judge
+from flows.promotion.matching import Evaluation, Match, followed, scorer_of, why_unfair
+from flows.promotion.summary import markdown
+from plumbline.evaluation.scores import Interval
+from plumbline.params.schema import EvaluateParams, SamplingParams
+from plumbline.refs import DataRef, ModelRef
+from tasks.past_runs import PastRun, PastStep
+from tasks.registry import Version, full_name
+
+GOLD = "plumbline.evaluation.principles:gold_score"
+
+
+def run(reward_model: str | None, method: str = "rl") -> PastRun:
+    steps = {"reward_model": PastStep("s", None, reward_model)} if reward_model else {}
+    params = {"alignment.method": method}
+    metrics = {"eval/prompts": 16.0}
+    return PastRun("r", "name", "FINISHED", "", {}, params, metrics, steps)
+
+
+def match(recorded: Interval, unfair: str | None = None) -> Match:
+    version = Version(
+        "policy", "3", {}, ModelRef(digest="d", uri="u", mlflow_run_id="r", mlflow_model_id="m")
+    )
+    prompts = DataRef(digest="p", uri="u", rows=16)
+    asked = Evaluation(
+        EvaluateParams(), SamplingParams(), "fp32", 0, prompts, "reward model", version.model
+    )
+    return Match(version, None, asked, recorded, run("one"), unfair, ["There is no champion."])
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (EvaluateParams(gold=GOLD, judge=True), "gold scorer"),
+        (EvaluateParams(judge=True), "judge"),
+        (EvaluateParams(), "reward model"),
+    ],
+)
+def test_who_scores_is_whom_no_training_follows_if_there_is_one(
+    params: EvaluateParams, expected: str
+) -> None:
+    assert scorer_of(params) == expected
+
+
+def test_a_reward_model_judges_only_those_who_were_trained_against_it() -> None:
+    one, other, after_dpo = run("one"), run("other"), run("one", method="dpo")
+    assert why_unfair("reward model", one, run("one")) is None
+    assert "another one (other)" in str(why_unfair("reward model", one, other))
+    assert "against none" in str(why_unfair("reward model", one, after_dpo))
+    assert "its run is gone" in str(why_unfair("reward model", one, None))
+    # The challenger followed none, so that none favours it.
+    assert why_unfair("reward model", after_dpo, other) is None
+    # Nobody follows these.
+    assert why_unfair("judge", one, other) is None
+    assert why_unfair("gold scorer", one, other) is None
+
+
+def test_a_reward_model_of_unknown_content_is_nobodys() -> None:
+    gone = run("one")._replace(steps={"reward_model": PastStep("s", None, None)})
+    assert followed(gone) == "unknown"
+    assert why_unfair("reward model", gone, run("one")) is not None
+
+
+def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
+    found = judge(match(Interval(0.7, 0.6, 0.8)), 0.5, None)
+    assert (found.outcome, found.champion, found.prompts) == ("promoted", None, 16)
+    assert (
+        "0.700 [0.600, 0.800] over the SFT model of its run on 16 held-out prompts" in found.reason
+    )
+    refused = judge(match(Interval(0.7, 0.6, 0.8)), 0.6, None)
+    assert refused.outcome == "refused"
+    assert "is not above the threshold 0.6" in refused.reason
+    assert "0.700 [0.600, 0.800]" in markdown(refused)
+    assert "There is no champion." in markdown(refused)
+
+
+def test_an_unfair_scorer_refuses_without_numbers() -> None:
+    found = judge(match(Interval(0.9, 0.8, 1.0), unfair="It favours it."), 0.0, None)
+    assert (found.outcome, found.reason, found.win_rate) == ("refused", "It favours it.", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("champion", "plumbline-policy@champion"),
+        ("3", "plumbline-policy/3"),
+        ("mine@best", "mine@best"),
+        ("mine/3", "mine/3"),
+    ],
+)
+def test_a_bare_word_is_an_alias_and_a_bare_number_a_version(text: str, expected: str) -> None:
+    assert full_name(text) == expected
