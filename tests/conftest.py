@@ -36,6 +36,8 @@ SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "planted-password-of-mlflow",
 }
 """What the environment of every command holds, and nothing may write down."""
+SAMPLED_OFTEN = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
+"""So that the load of the machine has points although no step may last a second."""
 
 TINY = """\
 description: Every step in a few seconds.
@@ -270,4 +272,4 @@ class Trained(NamedTuple):
 def trained(make_project: Callable[..., SmallProject], prefect_api: str) -> Trained:
     """A project whose experiment has run once; tests leave its data and its results as they are."""
     project = make_project(prefect_api=prefect_api)
-    return Trained(project, project.result("run"))
+    return Trained(project, project.result("run", **SAMPLED_OFTEN))
