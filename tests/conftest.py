@@ -3,15 +3,19 @@
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +34,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"demonstrations": 240, "preferences": 240, "prompts": 120}
 SECONDS_A_COMMAND = 180
 OURS = ("PLUMBLINE_", "PREFECT_", "MLFLOW_", "DVC_")
+HEAVY = ("run", "chat", "compare", "gc", "promote", "serve", "verify")
+"""Commands that import much; the tests fork them from a process that has done so (warm.py)."""
 SECRETS = {
     "HF_TOKEN": "planted-hub-token",
     "AWS_SECRET_ACCESS_KEY": "planted-key-of-a-store",
     "MLFLOW_TRACKING_PASSWORD": "planted-password-of-mlflow",
 }
 """What the environment of every command holds, and nothing may write down."""
+SAMPLED_OFTEN = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
+"""So that the load of the machine has points although no step may last a second."""
 
 TINY = """\
 description: Every step in a few seconds.
@@ -75,6 +83,119 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--screenshots", type=Path, metavar="FOLDER", help="Save pictures of the pages here."
     )
+
+
+LONGEST = (
+    "test_up",
+    "test_stopping",
+    "test_sweep",
+    "test_alignment",
+    "test_reproducing",
+    "test_promoting",
+    "test_chaos",
+    "test_prefect_server",
+    "test_damage",
+    "test_methods",
+    "test_browser",
+    "test_resume",
+    "test_outage",
+    "test_sources",
+    "test_planning",
+    "test_comparing",
+)
+"""Files with the longest tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let these begin first: of several processes, none is left alone with one at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+class Forked(subprocess.Popen[str]):
+    """A command that `Warm` has forked."""
+
+    def __init__(self, arguments: Sequence[str], pid: int, files: Sequence[Any], status: int):
+        self.args = arguments
+        self.pid = pid
+        self.returncode = None
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._sigint_wait_secs = False, 0
+        self._files = files
+        self._status = status
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(os.read(self._status, 64))
+            os.close(self._status)
+        return self.returncode
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read().decode())
+        return texts[0], texts[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class Warm:
+    """A process of warm.py, once a command is to be forked from it."""
+
+    def __init__(self) -> None:
+        self._path = os.environ.get("PYTHONPATH")
+        self._running = ExitStack()
+        self._orders: socket.socket | None = None
+
+    def fits(self, arguments: Sequence[str], changes: dict[str, str]) -> bool:
+        """Whether a command that is forked is the same as one that is started."""
+        same = not changes and os.environ.get("PYTHONPATH") == self._path
+        return same and arguments[0] in HEAVY
+
+    def fork(self, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> Forked:
+        orders = self._orders = self._orders or self._start()
+        files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  they stay open
+        reading, writing = os.pipe()
+        order = {"arguments": arguments, "cwd": str(cwd), "env": env}
+        descriptors = [file.fileno() for file in files] + [writing]
+        socket.send_fds(orders, [json.dumps(order).encode()], descriptors)
+        os.close(writing)
+        pid = orders.recv(64)
+        assert pid, "warm.py has ended: its error is above"
+        return Forked(arguments, int(pid), files, reading)
+
+    def _start(self) -> socket.socket:
+        home = Path(self._running.enter_context(tempfile.TemporaryDirectory()))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "tests" / "warm.py", str(theirs.fileno()), home],
+                cwd=ROOT,
+                env=SmallProject(home, home).environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._running.callback(process.wait)
+        self._running.enter_context(ours)
+        return ours
+
+    def end(self) -> None:
+        self._running.close()
+
+
+WARM = Warm()
 
 
 class SmallProject:
@@ -120,6 +241,8 @@ class SmallProject:
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start `plumbline ARGUMENTS` as a user would, and do not wait for it."""
+        if WARM.fits(arguments, env):
+            return WARM.fork(arguments, self.root, self.environment())
         return subprocess.Popen(
             [Path(sys.executable).with_name("plumbline"), *arguments],
             cwd=self.root,
@@ -158,6 +281,13 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLUMBLINE_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm() -> Iterator[None]:
+    """Ends the process from which commands were forked, if there was one."""
+    yield
+    WARM.end()
 
 
 def _execute(*command: str | Path, cwd: Path) -> None:
@@ -266,8 +396,40 @@ class Trained(NamedTuple):
     first: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def trained(make_project: Callable[..., SmallProject], prefect_api: str) -> Trained:
-    """A project whose experiment has run once; tests leave its data and its results as they are."""
+@pytest.fixture(scope="session")
+def _trained_once(make_project: Callable[..., SmallProject], prefect_api: str) -> Trained:
     project = make_project(prefect_api=prefect_api)
-    return Trained(project, project.result("run"))
+    # Of a started process, as a user's is.
+    return Trained(project, project.result("run", **SAMPLED_OFTEN))
+
+
+PLACES = {
+    "runs": ("artifact_uri",),
+    "experiments": ("artifact_location",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("storage_location",),
+}
+"""Columns of MLflow's database that say where files are."""
+
+
+@pytest.fixture(scope="module")
+def trained(_trained_once: Trained, make_project: Callable[..., SmallProject]) -> Trained:
+    """A project whose experiment has run once; tests leave its data and its results as they are.
+
+    A copy for each module: to train anew would bring out the same.
+    """
+    project = make_project(prefect_api=_trained_once.project.prefect_api)
+    old, new = str(_trained_once.project.home), str(project.home)
+    with closing(sqlite3.connect(f"{old}/mlflow.db")) as database:
+        database.execute("pragma wal_checkpoint(truncate)")
+    shutil.copytree(old, new)
+    for record in (project.home / "results").iterdir():
+        record.write_text(record.read_text().replace(old, new))
+    with closing(sqlite3.connect(f"{new}/mlflow.db")) as database:
+        for table, columns in PLACES.items():
+            for column in columns:
+                database.execute(
+                    f"update {table} set {column} = replace({column}, ?, ?)", (old, new)
+                )
+        database.commit()
+    return Trained(project, json.loads(json.dumps(_trained_once.first).replace(old, new)))

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     MakeProject = Callable[..., SmallProject]
 
-LONG = ("--set", "rl.episodes=1600", "--set", "checkpoints.every_steps=5")
-"""An RL step of some ten seconds, in which there is time to be stopped."""
+LONG = ("--set", "rl.episodes=800", "--set", "checkpoints.every_steps=5")
+"""An RL step of some five seconds, in which there is time to be stopped."""
+LONGER = ("--set", "rl.episodes=16000", "--set", "checkpoints.every_steps=5")
+"""One that does not come to its end."""
 
 
 def wait_for_step(project: SmallProject, step: str, process: subprocess.Popen[str]) -> None:
@@ -118,7 +120,7 @@ def test_a_stopped_run_is_marked_and_goes_on_to_the_same_bits(
 
 
 def test_a_run_cancelled_in_the_ui_ends_as_cancelled(served_project):
-    process = served_project.start("run", "tiny", *LONG)
+    process = served_project.start("run", "tiny", *LONGER)
     wait_for_checkpoint(served_project, process)
     run = flow_runs(served_project)[0]
     state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": True}
@@ -234,12 +236,15 @@ def test_it_is_recorded_if_asked(trained):
     assert {step["status"] for step in result["steps"].values()} == {"cached"}
 
 
-def test_a_moved_alias_is_something_to_do(served_project):
-    first = served_project.result("run")
-    served_project.result("run", "--set", "rl.kl_coef=0.2")
+# Last: it leaves another run as the newest one.
 
-    back = served_project.result("run")
+
+def test_a_moved_alias_is_something_to_do(trained):
+    project = trained.project
+    project.result("run", "--set", "rl.kl_coef=0.2")
+
+    back = project.result("run")
 
     assert back["mlflow_run_id"] is not None
-    assert back["registered"] == first["registered"]
-    assert served_project.result("run")["mlflow_run_id"] is None
+    assert back["registered"] == trained.first["registered"]
+    assert project.result("run")["mlflow_run_id"] is None

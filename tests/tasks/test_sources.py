@@ -100,10 +100,36 @@ class Tree:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
+def fresh(tmp_path: Path) -> Iterator[Tree]:
+    """One that was never looked at."""
     made = Tree(tmp_path / "code")
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="module")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
+    made = Tree(tmp_path_factory.mktemp("shared") / "code")
+    made.fingerprints()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def tree(_shared: Tree) -> Iterator[Tree]:
+    """One that was scanned already, and is afterwards as it was before."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in _shared.root.rglob("*") if path.is_file()}
+
+    before = files()
+    yield _shared
+    after = files()
+    for path in after.keys() - before.keys():
+        path.unlink()
+    for path, content in before.items():
+        if after.get(path) != content:
+            path.write_bytes(content)
 
 
 def append(path: Path, text: str = "\n# edited\n") -> None:
@@ -269,15 +295,15 @@ def test_a_touch_is_no_edit_and_an_edit_that_is_undone_is_none(tree):
     assert tree.edited_by(lambda: path.write_bytes(original)) == {"rl"}
 
 
-def test_the_graph_is_scanned_once_while_nothing_changes(tree):
-    assert tree.ask()[1]
-    tree.stop()
-    tree.process = tree.start()
+def test_the_graph_is_scanned_once_while_nothing_changes(fresh):
+    assert fresh.ask()[1]
+    fresh.stop()
+    fresh.process = fresh.start()
 
-    found, scanned = tree.ask()
+    found, scanned = fresh.ask()
 
     assert not scanned
-    assert found == {step: expected_fingerprint(tree, step) for step in STEP_NAMES}
+    assert found == {step: expected_fingerprint(fresh, step) for step in STEP_NAMES}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"sources": 1}', "\x00"], ids=repr)
@@ -292,11 +318,11 @@ def test_a_garbled_cache_of_the_graph_is_made_again(tree, content):
     assert not list(tree.home.glob(".*"))
 
 
-def test_without_a_home_nothing_is_written(tree):
-    tree.home.rmdir()
+def test_without_a_home_nothing_is_written(fresh):
+    fresh.home.rmdir()
 
-    assert tree.fingerprints()["rl"]
-    assert not tree.home.exists()
+    assert fresh.fingerprints()["rl"]
+    assert not fresh.home.exists()
 
 
 def test_what_a_step_really_imports_is_in_its_fingerprint():

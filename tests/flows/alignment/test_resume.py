@@ -44,7 +44,7 @@ def test_stopped_trainings_end_in_the_bits_of_an_undisturbed_run(
         with project.start("run", "tiny", *EVERY_STEP) as process:
             wait_for_checkpoint(project.home, step, process)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=90)
         assert process.returncode != 0, errors
         assert [*project.home.glob(f"checkpoints/{step}-*/0*")]
 

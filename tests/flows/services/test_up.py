@@ -160,7 +160,7 @@ def look(up: Up, *states: str, **parameters: Any) -> dict[str, Any]:
     return up.wait(up.start("data-watch/data-watch", **parameters), *states)
 
 
-def started_by_itself(up: Up, count: int, seconds: float = 30) -> dict[str, Any]:
+def started_by_itself(up: Up, count: int, seconds: float = 90) -> dict[str, Any]:
     """The last of so many runs that the automation has started, as soon as it is under way."""
     deadline = time.monotonic() + seconds
     while True:
@@ -245,7 +245,7 @@ def changed_data_starts_runs(up: Up, folder: Path) -> None:
     up.project.git("checkout", "--quiet", "data.dvc")
     up.project.dvc("checkout", "--force", "data.dvc")
 
-    wait_for(lambda: len(events(up)) == 2, seconds=20)
+    wait_for(lambda: len(events(up)) == 2)
     last, first = events(up)
     assert [change["path"] for change in first["payload"]["files"]] == ["prompts.jsonl"]
     assert (first["payload"]["source"], last["payload"]["source"]) == ("work tree", "origin/main")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +16,6 @@ from tasks.records import local_path, read_result
 
 if TYPE_CHECKING:
     from tests.conftest import SmallProject, Trained
-
-PLACES = {
-    "runs": ("artifact_uri",),
-    "experiments": ("artifact_location",),
-    "logged_models": ("artifact_location",),
-    "model_versions": ("storage_location",),
-}
-"""Columns of MLflow's database that say where files are."""
 
 
 class Copy(NamedTuple):
@@ -57,24 +46,9 @@ class Copy(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def copy(trained: Trained, make_project: Callable[..., SmallProject]) -> Copy:
+def copy(trained: Trained) -> Copy:
     """Each test damages one thing, and the run in it makes the thing again."""
-    project = make_project(prefect_api=trained.project.prefect_api)
-    old, new = str(trained.project.home), str(project.home)
-    with contextlib.closing(sqlite3.connect(f"{old}/mlflow.db")) as database:
-        database.execute("pragma wal_checkpoint(truncate)")
-    shutil.copytree(old, new, ignore=shutil.ignore_patterns("prefect", "locks"))
-    for record in (project.home / "results").iterdir():
-        record.write_text(record.read_text().replace(old, new))
-    with contextlib.closing(sqlite3.connect(f"{new}/mlflow.db")) as database:
-        for table, columns in PLACES.items():
-            for column in columns:
-                database.execute(
-                    f"update {table} set {column} = replace({column}, ?, ?)", (old, new)
-                )
-        database.commit()
-    first = json.loads(json.dumps(trained.first).replace(old, new))
-    return Copy(project, first)
+    return Copy(*trained)
 
 
 def ran(result: dict[str, Any]) -> set[str]:
