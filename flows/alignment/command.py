@@ -1,9 +1,7 @@
 """The command `plumbline run`: checks, a look for what is done, then the flow."""
 
-import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import cast
 
 from rich.console import Console
@@ -11,6 +9,7 @@ from rich.console import Console
 from flows.alignment.planning import pinned_data
 from flows.alignment.summary import RunSummary
 from flows.alignment.up_to_date import up_to_date
+from flows.uncollected import uncollected
 from plumbline.errors import ParamsError
 from plumbline.params.loader import Loaded, load_experiment
 from plumbline.params.schema import StepName
@@ -89,21 +88,10 @@ def _align(
     # Before the imports, so that an edit in between is seen.
     read_sources()
     # The server starts beside these imports, which take as long.
-    with _uncollected():
+    with uncollected():
         from flows.alignment.flow import align
         from flows.alignment.place import flow_tags
         from flows.services.calling import calling
 
     with calling(project.home, *flow_tags()):
         return align(experiment, list(overrides), cast(list[StepName], [*refresh]), allow_dirty)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Import inside: modules stay, and to look for garbage in them takes a quarter of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

@@ -8,7 +8,6 @@ While `plumbline up` is on, its server takes the place of this one: it stays, an
 """
 
 import fcntl
-import gc
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.services.hosts import LOOPBACK, App, Gate
+from flows.uncollected import uncollected
 from plumbline.errors import MachineError
 from tasks.templates import copy_template
 
@@ -265,15 +265,10 @@ def serve(home: Path, listener: int, alive: int, names: Sequence[str] | None = N
     import uvicorn
 
     def application() -> App:
-        # A quarter of the start otherwise, in the time in which the run imports what it needs.
-        gc.disable()
-        try:
+        with uncollected():
             from prefect.server.api.server import create_app
 
             app: Any = create_app()
-        finally:
-            gc.freeze()
-            gc.enable()
         return Gate(app, names or LOOPBACK)
 
     server = uvicorn.Server(

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from flows.sweeps.planning import check_points, finished_sweep, verified_data
 from flows.sweeps.summary import SweepSummary
+from flows.uncollected import uncollected
 from plumbline.params.sweep import load_sweep
 from plumbline.project import Project
 
@@ -50,8 +51,9 @@ def run_sweep(
     # It imports what the points need beside what is imported here.
     warm_up(project.home)
     join_server(project.home)
-    from flows.services.calling import calling
-    from flows.sweeps.flow import PointsFailed, sweep
+    with uncollected():
+        from flows.services.calling import calling
+        from flows.sweeps.flow import PointsFailed, sweep
 
     try:
         with calling(project.home):

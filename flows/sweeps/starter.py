@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flows.uncollected import uncollected
+
 SECONDS_BETWEEN_LOOKS = 0.1
 GRACE_SECONDS = 25.0
 """A point that is told to stop has so long to save its state."""
@@ -39,12 +41,13 @@ def main(home: Path) -> None:
     join_server(home)
     # Before the imports, so that an edit in between is seen.
     read_sources()
-    import typer  # noqa: F401
+    with uncollected():
+        import typer  # noqa: F401
 
-    import flows.alignment.flow  # noqa: F401
-    from tasks.mlflow_client import preload
+        import flows.alignment.flow  # noqa: F401
+        from tasks.mlflow_client import preload
 
-    preload()
+        preload()
     order = serve(reports)
     if order is None:
         # Taking the modules apart takes a second, and the sweep waits.
