@@ -9,12 +9,12 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from plumbline.ops.attention import causal_attention
+from plumbline.ops.attention import blocks_of, causal_attention
 
 NAME = "packed_sdpa"
 """Of torch's attention that takes packed sequences, too."""
 ONE_BLOCK = 256
-"""Tokens of a sequence whose scores are made at once on a CPU."""
+"""Tokens of a sequence, or of a pair, whose scores are made at once on a CPU."""
 
 
 def take_packed(model: nn.Module) -> bool:
@@ -71,10 +71,10 @@ def packed_attention(
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     lengths, shared = attention_mask[0, 0].tolist()
-    longest = max(own + taken for own, taken in zip(lengths, shared, strict=True))
-    if query.device.type == "cpu" and longest <= ONE_BLOCK:
+    blocks = blocks_of(lengths, shared)
+    if query.device.type == "cpu" and max(block.length for block in blocks) <= ONE_BLOCK:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        mixed = causal_attention(query[0], key[0], value[0], lengths, shared, scale)
+        mixed = causal_attention(query[0], key[0], value[0], blocks, scale)
         return mixed.transpose(0, 1).unsqueeze(0).contiguous(), None
     alone = (torch.split(states, lengths, dim=2) for states in (query, key, value))
     outputs = []
