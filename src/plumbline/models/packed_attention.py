@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
-from operator import add
 from typing import Any
 from weakref import WeakSet
 
@@ -13,12 +12,12 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from plumbline.ops.attention import causal_attention
+from plumbline.ops.attention import blocks_of, causal_attention
 
 NAME = "packed_sdpa"
 """Of torch's attention that takes packed sequences, too."""
 ONE_BLOCK = 256
-"""Tokens of a sequence whose scores are made at once on a CPU."""
+"""Tokens of a sequence, or of a pair, whose scores are made at once on a CPU."""
 NEAR = 1e-2
 """How near a model's numbers of packed sequences are to those of each alone, in units of their
 spread; what comes of a mask that was misread is as large as the spread."""
@@ -131,7 +130,7 @@ def packed_attention(
         q, k, v = query[:, :, place], key[:, :, place], value[:, :, place]
         if query.device.type == "cpu" and one_block:
             scale = options.get("scaling") or query.shape[-1] ** -0.5
-            mixed = causal_attention(q[0], k[0], v[0], own, taken, scale)
+            mixed = causal_attention(q[0], k[0], v[0], blocks_of(own, taken), scale)
             outputs.append(mixed.transpose(0, 1).unsqueeze(0))
         else:
             outputs += _one_by_one(module, q, k, v, own, taken, options)
@@ -152,7 +151,7 @@ def _runs(
             families.append(([], []))
         families[-1][0].append(length)
         families[-1][1].append(taken)
-    for is_short, run in groupby(families, lambda family: max(map(add, *family)) <= ONE_BLOCK):
+    for is_short, run in groupby(families, lambda family: sum(family[0]) <= ONE_BLOCK):
         own, taken_of = zip(*run, strict=True)
         yield is_short, [*chain(*own)], [*chain(*taken_of)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plumbline.ops.attention import causal_attention
+from plumbline.ops.attention import blocks_of, causal_attention
 
 LENGTHS = [5, 1, 8, 3]
 # None begins as another does; or the second and fourth as the one before; or three as the first.
@@ -41,7 +41,10 @@ def naive(query: Tensor, key: Tensor, value: Tensor, shared: list[int]) -> Tenso
 @pytest.mark.parametrize("groups", [6, 2, 1])
 def test_each_sequence_attends_to_itself(groups: int, shared: list[int]) -> None:
     leaves = [x.requires_grad_() for x in inputs(groups)]
-    mine, expected = causal_attention(*leaves, LENGTHS, shared, 0.3), naive(*leaves, shared)
+    mine, expected = (
+        causal_attention(*leaves, blocks_of(LENGTHS, shared), 0.3),
+        naive(*leaves, shared),
+    )
     torch.testing.assert_close(mine, expected, atol=1e-12, rtol=1e-12)
     weights = torch.linspace(-1, 2, mine.numel(), dtype=torch.float64).view_as(mine)
     for one, other in zip(
@@ -55,15 +58,17 @@ def test_each_sequence_attends_to_itself(groups: int, shared: list[int]) -> None
 @pytest.mark.parametrize("shared", SHARED)
 def test_gradcheck(shared: list[int]) -> None:
     leaves = [x.requires_grad_() for x in inputs(2)]
-    assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, LENGTHS, shared, 0.3), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *x: causal_attention(*x, blocks_of(LENGTHS, shared), 0.3), leaves
+    )
 
 
 def test_narrow_values_give_narrow_outputs_near_the_wide_ones() -> None:
     query, key, value = inputs(2, torch.float32)
-    wide = causal_attention(query, key, value, LENGTHS, SHARED[1], 0.3)
+    wide = causal_attention(query, key, value, blocks_of(LENGTHS, SHARED[1]), 0.3)
     # Rotary positions widen queries and keys under autocast.
     leaves = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]
-    narrow = causal_attention(*leaves, LENGTHS, SHARED[1], 0.3)
+    narrow = causal_attention(*leaves, blocks_of(LENGTHS, SHARED[1]), 0.3)
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), wide, atol=0.03, rtol=0)
     narrow.float().sum().backward()
