@@ -240,9 +240,13 @@ class SmallProject:
         return {**kept, **SECRETS, **api, **ours, **changes}
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
-        """Start `plumbline ARGUMENTS` as a user would, and do not wait for it."""
+        """Let `plumbline ARGUMENTS` begin, and do not wait for it."""
         if WARM.fits(arguments, env):
             return WARM.fork(arguments, self.root, self.environment())
+        return self.start_anew(*arguments, **env)
+
+    def start_anew(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """Start `plumbline ARGUMENTS`, and do not wait for it; what it says can be read at once."""
         return subprocess.Popen(
             [Path(sys.executable).with_name("plumbline"), *arguments],
             cwd=self.root,

@@ -421,7 +421,7 @@ def test_identical_output_stops_what_lies_below(trained, copy):
 
 def test_a_run_uses_the_data_that_it_verified(trained, copy):
     target = copy.root / "r.json"
-    process = copy.start("run", "tiny", "--refresh", "prepare_data", "--json", str(target))
+    process = copy.start_anew("run", "tiny", "--refresh", "prepare_data", "--json", str(target))
     try:
         assert process.stderr is not None
         for line in process.stderr:
