@@ -23,7 +23,9 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterState,
+    FlowRunFilterStateName,
     FlowRunFilterStateType,
+    Operator,
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.exceptions import ObjectNotFound
@@ -38,6 +40,8 @@ GPU_LIMIT = "gpu"
 """Name of the concurrency limit that lets one step at a time compute on the GPU."""
 PAGE = 200
 UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+WAITING = ["Late", "AwaitingConcurrencySlot", "AwaitingRetry"]
+"""Names of scheduled runs that should be at work: no worker, no place, or a failure before."""
 
 
 class Pool(NamedTuple):
@@ -56,8 +60,16 @@ POOLS = {
 }
 
 
-def make_pools(project: Project) -> None:
-    """Make the work pools and the concurrency limit, and let the pools run this project's code."""
+def make_pools(project: Project, *, own: bool) -> None:
+    """Make the work pools and the concurrency limit, and let the pools run this project's code.
+
+    Args:
+        project: the project.
+        own: whether the server is this project's alone.
+
+    Raises:
+        MachineError: the pools of a server that is shared run another project's code.
+    """
     template = job_template(project.root)
     with get_client(sync_client=True) as client:
         for name, pool in POOLS.items():
@@ -74,6 +86,8 @@ def make_pools(project: Project) -> None:
                     )
                 )
                 continue
+            if not own:
+                _check_ours(found, project)
             if found.type == "process" and found.base_job_template != template:
                 client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
         try:
@@ -82,6 +96,20 @@ def make_pools(project: Project) -> None:
             client.create_global_concurrency_limit(
                 GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
             )
+
+
+def _check_ours(pool: Any, project: Project) -> None:
+    """Check that the runs of a pool that is there are not another project's."""
+    variables = pool.base_job_template.get("variables", {}).get("properties", {})
+    theirs = variables.get("working_dir", {}).get("default")
+    if pool.type == "process" and theirs not in (None, str(project.root)):
+        raise MachineError(
+            f"The work pool {pool.name} of the Prefect server that PREFECT_API_URL names belongs "
+            f"to the project at {theirs}, expected {project.root}: pools and deployments have one "
+            "name in all projects. Use another server (unset PREFECT_API_URL for one of this "
+            "project's own); or, if the project was moved here, delete the pool, then try again: "
+            f"prefect work-pool delete {pool.name}"
+        )
 
 
 def job_template(root: Path) -> dict[str, Any]:
@@ -183,11 +211,14 @@ def deploy(project: Project, before: dict[str, list[str]]) -> dict[str, list[str
                     client.delete_deployment_schedule(deployment.id, schedule.id)
             if name in before and deployment.name not in wanted:
                 client.delete_deployment(deployment.id)
-    _run_prefect_deploy(project)
-    with get_client(sync_client=True) as client:
-        made = {_full_name(client, one): one for one in _deployments(client)}
-        for name in made.keys() & known.keys():
-            _restore_schedules(client, made[name], known[name].schedules)
+    try:
+        _run_prefect_deploy(project)
+    finally:
+        # Also of those that were deployed before it failed.
+        with get_client(sync_client=True) as client:
+            made = {_full_name(client, one): one for one in _deployments(client)}
+            for name in made.keys() & known.keys():
+                _restore_schedules(client, made[name], known[name].schedules)
     return {name: wanted[one.name] for name, one in made.items() if one.name in wanted}
 
 
@@ -233,21 +264,29 @@ def _full_name(client: SyncPrefectClient, deployment: Any) -> str:
 
 
 def deployments() -> list[dict[str, Any]]:
-    """The deployments with their pools and schedules."""
+    """The deployments with their pools, whether a worker serves these, and schedules."""
     with get_client(sync_client=True) as client:
+        deployed = _deployments(client)
+        pools = {found.work_pool_name for found in deployed}
+        served = {pool for pool in pools if pool and _has_worker(client, pool)}
         listed = [
             {
                 "name": _full_name(client, found),
                 "pool": found.work_pool_name,
+                "worker": found.work_pool_name in served,
                 "paused": found.paused,
                 "schedules": [
                     {"slug": s.slug, "when": _when(s.schedule), "active": s.active}
                     for s in found.schedules
                 ],
             }
-            for found in _deployments(client)
+            for found in deployed
         ]
     return sorted(listed, key=lambda one: str(one["name"]))
+
+
+def _has_worker(client: SyncPrefectClient, pool: str) -> bool:
+    return any(one.status == "ONLINE" for one in client.read_workers_for_work_pool(pool))
 
 
 def _when(schedule: Any) -> str:
@@ -258,8 +297,12 @@ def _when(schedule: Any) -> str:
 
 
 def runs_under_way() -> list[dict[str, Any]]:
-    """The flow runs that are in progress, the newest first."""
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNDER_WAY))
+    """The flow runs that are in progress, or should be, the newest first."""
+    state = FlowRunFilterState(
+        operator=Operator.or_,
+        type=FlowRunFilterStateType(any_=UNDER_WAY),
+        name=FlowRunFilterStateName(any_=WAITING),
+    )
     with get_client(sync_client=True) as client:
         runs: list[Any] = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=state), limit=PAGE
@@ -274,6 +317,7 @@ def runs_under_way() -> list[dict[str, Any]]:
             "id": str(run.id),
             "name": run.name,
             "state": run.state_name,
+            "waits": run.state_name in WAITING,
             "deployment": names.get(run.deployment_id),
             "since": run.start_time.isoformat() if run.start_time else None,
         }

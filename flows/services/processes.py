@@ -27,6 +27,8 @@ from plumbline.errors import MachineError
 from plumbline.process import alive, identity, pid_of
 
 PREFECT, MLFLOW = "prefect", "mlflow"
+HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
+"""Where a server says that it is well."""
 WORKER = "worker-"
 """Begins the name of a worker; the name of its work pool follows."""
 
@@ -64,8 +66,11 @@ class Service(BaseModel):
     since: str
     """When it was started, UTC."""
     log: str
+    """HOME/services/NAME.log."""
     address: Address | None = None
     """Of a server."""
+    names: tuple[str, ...] = ()
+    """Of a server: by which it may be called, beside those of its address."""
     api: str | None = None
     """Of the Prefect server that a worker works for."""
 
@@ -76,20 +81,37 @@ class Service(BaseModel):
 
     @property
     def alive(self) -> bool:
-        """Whether its main process lives; of another host's it is taken for granted."""
-        return alive(self.process) is not False
+        """Whether its main process lives.
+
+        Of what was started under another name of this host, or in a container that was made anew
+        since, the number says nothing: it lives if its processes are here, or if it answers.
+        """
+        here = alive(self.process)
+        if here is not None:
+            return here
+        log = Path(self.log)
+        if members(log.parents[1], log.stem):
+            return True
+        return self.address is not None and answers(self.address.url + HEALTH[log.stem])
 
 
 class State(BaseModel):
     """What `plumbline up` has started and deployed, as services.json keeps it."""
 
     services: dict[str, Service] = {}
+    server: str = ""
+    """API of the Prefect server that the rest is in; empty for this project's own."""
     deployed: str = ""
     """Digest of what the deployments were made from."""
     deployments: dict[str, list[str]] = {}
     """By their names, with their flows' (align/quickstart): the names of their schedules."""
     automation: str = ""
     """Digest of what the automation of changed data was made from."""
+
+    def enter(self, server: str) -> None:
+        """Forget what is deployed where that was in another server."""
+        if server != self.server:
+            self.server, self.deployed, self.deployments, self.automation = server, "", {}, ""
 
 
 def read_state(home: Path) -> State:
@@ -133,6 +155,7 @@ def launch(
     cwd: Path,
     env: Mapping[str, str],
     address: Address | None = None,
+    names: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
 ) -> Service:
     """Start a service in a session of its own, so that it outlives this process and its terminal.
@@ -155,7 +178,13 @@ def launch(
             pass_fds=tuple(pass_fds),
         )
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    return Service(process=identity(process.pid), since=since, log=str(log), address=address)
+    return Service(
+        process=identity(process.pid),
+        since=since,
+        log=str(log),
+        address=address,
+        names=tuple(names),
+    )
 
 
 def members(home: Path, name: str | None = None) -> list[psutil.Process]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from flows.promotion.flow import judge
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from flows.promotion import matching
+from flows.promotion.approval import Approval, Decision
+from flows.promotion.flow import _asked, judge
 from flows.promotion.matching import Evaluation, Match, followed, scorer_of, why_unfair
-from flows.promotion.summary import markdown
+from flows.promotion.summary import Sample, markdown
 from plumbline.evaluation.scores import Interval
 from plumbline.params.schema import EvaluateParams, SamplingParams
-from plumbline.refs import DataRef, ModelRef
+from plumbline.project import Project
+from plumbline.refs import DataRef, ModelRef, PreparedData, SplitRef
 from tasks.past_runs import PastRun, PastStep
 from tasks.registry import Version, full_name
 
@@ -67,6 +74,39 @@ def test_a_reward_model_of_unknown_content_is_nobodys() -> None:
     assert why_unfair("reward model", gone, run("one")) is not None
 
 
+def test_prompts_that_the_champion_was_trained_on_are_counted(tmp_path, monkeypatch) -> None:
+    def rows(name: str, *ids: str) -> DataRef:
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table({"prompt": ids, "prompt_id": ids}), path)
+        return DataRef(digest=name, uri=path.as_uri(), rows=len(ids))
+
+    def split(name: str, train: str, test: str) -> SplitRef:
+        return SplitRef(train=rows(f"{name}-train", *train), test=rows(f"{name}-test", *test))
+
+    theirs = PreparedData(
+        digest="theirs", uri="", mlflow_run_id="r",
+        demonstrations=split("demonstrations", "ax", "b"),
+        preferences=split("preferences", "cx", "b"), prompts=split("prompts", "cy", "bd"),
+    )  # fmt: skip
+    asked = match(Interval(0.7, 0.6, 0.8)).evaluation
+    # The last one is not asked.
+    asked = asked._replace(prompts=rows("ours", *"abcdy"), params=EvaluateParams(max_prompts=4))
+    ours, champion = (
+        run("one")._replace(steps={"prepare_data": PastStep("s", "k", digest)})
+        for digest in ("ours", "theirs")
+    )
+    project = Project(tmp_path, tmp_path)
+    monkeypatch.setattr(matching, "_result", lambda *asked: theirs)
+
+    (said,) = matching._trained_on(project, ours, champion, asked)
+
+    assert said.startswith("The champion was trained on 2 of the 4 prompts, which only the ")
+    assert matching._trained_on(project, ours, ours, asked) == []
+    monkeypatch.undo()
+    (said,) = matching._trained_on(project, ours, champion, asked)
+    assert "is gone, so it is not known" in said
+
+
 def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
     found = judge(match(Interval(0.7, 0.6, 0.8)), 0.5, None)
     assert (found.outcome, found.champion, found.prompts) == ("promoted", None, 16)
@@ -76,13 +116,36 @@ def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
     refused = judge(match(Interval(0.7, 0.6, 0.8)), 0.6, None)
     assert refused.outcome == "refused"
     assert "is not above the threshold 0.6" in refused.reason
-    assert "0.700 [0.600, 0.800]" in markdown(refused)
+    assert r"0.700 \[0.600, 0.800\]" in markdown(refused)
     assert "There is no champion." in markdown(refused)
 
 
 def test_an_unfair_scorer_refuses_without_numbers() -> None:
     found = judge(match(Interval(0.9, 0.8, 1.0), unfair="It favours it."), 0.0, None)
     assert (found.outcome, found.reason, found.win_rate) == ("refused", "It favours it.", None)
+
+
+def test_the_page_of_a_decision_shows_texts_as_they_are() -> None:
+    text = "# h | ![](http://evil.example/i.png)\n\n<img src=x> [a](http://b) `c`"
+    found = judge(match(Interval(0.7, 0.6, 0.8)), 0.5, None)
+    sample = Sample(
+        prompt=text, champion=text, champion_score=1.0, challenger=text, challenger_score=2.0
+    )
+    said = Approval(granted=False, by=f"Ann {text}", note=text)
+    found = _asked(found.model_copy(update={"samples": [sample], "notes": [text]}), lambda _: said)
+
+    shown = markdown(found)
+
+    (row,) = [line for line in shown.splitlines() if line.endswith("(2.00) |")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4
+    assert not re.search(r"(?<!\\)([\[\]`#!]|<(?!br>))", shown.partition("\n")[2])
+    assert {line[:2] for line in shown.splitlines() if line} == {"# ", "Ve", "- ", "| ", "|-"}
+
+
+def test_a_switch_that_nobody_touched_is_a_no() -> None:
+    # The form sends what was touched alone.
+    assert not Decision.model_validate({"by": "Ann"}).promote
+    assert Decision.model_json_schema()["required"] == ["by"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
-from flows.services import processes, up
+from flows.services import processes, status, up
 from flows.services.deployment_file import read_deployments
+from flows.services.hosts import in_url, names_of
 from flows.services.processes import MLFLOW, PREFECT, Address, Service, State
 from flows.services.up import Wanted
 from plumbline.errors import MachineError, ParamsError
@@ -192,6 +195,30 @@ def test_what_runs_elsewhere_than_it_should_is_not_moved(start):
             up._address(state, PREFECT, wanted)
 
 
+def test_what_runs_under_other_names_is_not_renamed(start):
+    address = Address("127.0.0.1", 4321)
+    state = State(services={PREFECT: start(PREFECT, SLEEP, address=address, names=["a.example"])})
+
+    assert up._address(state, PREFECT, Wanted(names=("a.example",))) is None
+    assert up._address(state, PREFECT, Wanted()) is None
+    with pytest.raises(MachineError, match=r"the names a\.example, expected b\.example.*down"):
+        up._address(state, PREFECT, Wanted(names=("b.example",)))
+
+
+def test_mlflow_takes_its_names_at_any_port_and_no_others():
+    names = [in_url(name) for name in names_of("127.0.0.1", ["proxy.example"])]
+    patterns = [*names, *map(up._at_any_port, names)]
+
+    # A port that ssh forwards has a number of its own.
+    for host in ("localhost:5050", "127.0.0.1:80", "[::1]:5000", "proxy.example", "localhost"):
+        assert is_allowed_host_header(patterns, host)
+    for host in ("evil.example:5000", "localhost.evil.example:5000", "[::2]:5000", ""):
+        assert not is_allowed_host_header(patterns, host)
+    origins = up._origins(names)
+    assert not should_block_cors_request("https://proxy.example", "POST", origins)
+    assert should_block_cors_request("http://evil.example:5000", "POST", origins)
+
+
 def test_what_died_is_started_where_it_was(start):
     state = record(start, 4321)
     os.kill(state.services[PREFECT].pid, signal.SIGKILL)
@@ -200,6 +227,34 @@ def test_what_died_is_started_where_it_was(start):
     assert up._address(state, PREFECT, Wanted()) == Address("127.0.0.1", 4321)
     moved = up._address(state, PREFECT, Wanted("::1", {PREFECT: 4322}))
     assert moved == Address("::1", 4322)
+
+
+def renamed(service: Service) -> Service:
+    """As it was recorded before the host had its name, or the container was made anew."""
+    return service.model_copy(update={"process": f"other{service.process}"})
+
+
+def test_after_the_host_was_renamed_what_is_here_lives(start):
+    for name, address in ((PREFECT, Address("127.0.0.1", 9)), ("worker-local", None)):
+        service = renamed(start(name, SLEEP, address=address))
+        wait_until(lambda s=service: s.alive)
+
+        os.kill(service.pid, signal.SIGKILL)
+        wait_until(lambda s=service: not s.alive)
+
+
+def test_in_a_container_that_was_made_anew_what_is_gone_has_died(tmp_path, monkeypatch):
+    log = str(tmp_path / "services" / "mlflow.log")
+    gone = Service(process="other/boot/1/1.0", since="", log=log, address=Address("127.0.0.1", 9))
+    worker = gone.model_copy(update={"address": None, "log": log.replace("mlflow", "worker-gpu")})
+
+    assert not gone.alive
+    assert not worker.alive
+    assert status._word(gone, MLFLOW) == status._word(worker, "worker-gpu") == "died"
+    assert up._address(State(services={MLFLOW: gone}), MLFLOW, Wanted()) == gone.address
+    # On another machine that this one reaches, it answers.
+    monkeypatch.setattr(processes, "answers", lambda url: url == "http://127.0.0.1:9/health")
+    assert gone.alive
 
 
 def test_what_is_left_of_the_dead_is_ended_and_the_living_stay(tmp_path, start):
@@ -240,6 +295,16 @@ def test_the_shipped_file_has_a_deployment_for_each_experiment():
     experiments = {item.name for item in list_experiments(root / "params")}
 
     assert set(read_deployments(root)) >= experiments
+
+
+def test_what_waits_for_a_person_has_no_run_limit():
+    root = Path(__file__).resolve().parents[3]
+    stanzas = yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]
+    paused = [one for one in stanzas if one["entrypoint"].startswith("flows.deployments.promote.")]
+
+    assert paused
+    # A pause gives the slot back, and the engine ends a run that can't renew it.
+    assert not [one["name"] for one in paused if "concurrency_limit" in one]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ WATCH = """\
     concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
     work_pool: {name: local}
 """
+LIMIT_OF_WATCH = "    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}\n"
 SECOND = """\
   - name: second
     entrypoint: flows.deployments.align.align
@@ -272,7 +273,7 @@ def test_from_up_to_down(up, tmp_path):
     file = up.project.root / "early.json"
     early = up.project.start("run", "tiny", "--json", str(file))
     wait_for(lambda: any((up.project.home / "locks").glob("*.lock")))
-    said = up.cli("up", *up.options)
+    said = up.cli("up", *up.options, "--name", "proxy.example")
 
     # Everything is there, and says so.
     assert said["up"]
@@ -296,8 +297,11 @@ def test_from_up_to_down(up, tmp_path):
     ):
         assert status_of(url, Host="evil.example") == 403
     assert status_of(f"{up.prefect}/api/health", Origin="http://evil.example") == 403
-    assert status_of(f"{up.prefect}/") == 200
-    assert status_of(f"{up.mlflow}/") == 200
+    for place in (f"{up.prefect}/", f"{up.mlflow}/"):
+        assert status_of(place) == 200
+        # By the name that was given, and through a port that was forwarded.
+        assert status_of(place, Host="proxy.example") == 200
+        assert status_of(place, Host="localhost:5050") == 200
 
     # Bad values are refused at submit; what only the loader sees, in the first second of the run.
     assert "kl_coef" in refused(lambda: up.start(params={"rl": {"kl_coef": -1}}))
@@ -339,7 +343,9 @@ def test_from_up_to_down(up, tmp_path):
     nightly = up.deployment()["schedules"][0]
     path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
     up.ask(path, {"active": True}, method="PATCH")
-    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH + SECOND + SWEEP)
+    assert up.deployment("data-watch/data-watch")["global_concurrency_limit"]
+    unlimited = WATCH.replace(LIMIT_OF_WATCH, "")
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + unlimited + SECOND + SWEEP)
     (up.project.root / "params" / "two.yaml").write_text(TWO)
     (automation,) = up.ask("automations/filter", {})
     up.ask(f"automations/{automation['id']}", {"enabled": False}, method="PATCH")
@@ -348,12 +354,14 @@ def test_from_up_to_down(up, tmp_path):
     assert after["services"]["prefect"] == said["services"]["prefect"]
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
+    assert status_of(f"{up.mlflow}/", Host="proxy.example") == 200
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
     names = [
         "align/second", "align/tiny", "data-watch/data-watch", "promote/promote", "sweep/sweep",
     ]  # fmt: skip
     assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
+    assert up.deployment("data-watch/data-watch")["global_concurrency_limit"] is None
     up.ask(path, {"active": False}, method="PATCH")
     assert [one["enabled"] for one in up.ask("automations/filter", {})] == [False]
     up.ask(f"automations/{automation['id']}", {"enabled": True}, method="PATCH")
