@@ -64,16 +64,14 @@ def _try(model: PreTrainedModel, *, packed: bool) -> Tensor:
     ids = torch.arange(sum(lengths), device=model.device) % model.config.vocab_size
     positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
     packs = [lengths] if packed else [[n] for n in lengths]
+    sizes = [sum(pack) for pack in packs]
     was_training = network.training
     network.eval()
     try:
         outputs = []
         with torch.autocast(model.device.type, enabled=False):
             for pack, own, places in zip(
-                packs,
-                ids.split([sum(pack) for pack in packs]),
-                positions.split([sum(pack) for pack in packs]),
-                strict=True,
+                packs, torch.split(ids, sizes), torch.split(positions, sizes), strict=True
             ):
                 mask = lengths_as_mask(torch.tensor(pack)) if packed else None
                 output = network(
