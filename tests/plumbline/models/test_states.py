@@ -158,14 +158,14 @@ def test_models_that_do_more_to_logits_or_see_less_give_their_own_numbers(
 # Two that part after some tokens, in the middle and at the end; two of which one begins with the
 # other, either way; two that have nothing in common; and two that are the same.
 PAIRS = [
-    [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 12],
+    [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 12, 13],
     [20, 21, 22, 23, 24, 25], [20, 21, 22, 23, 24, 26],
     [30, 31, 32], [30, 31, 32, 33, 34],
     [40, 41, 42, 43, 44], [40, 41, 42],
     [50, 51, 52], [60, 51, 52, 53],
     [70, 71, 72, 73], [70, 71, 72, 73],
 ]  # fmt: skip
-DIFFERENT = 7 + 1 + 6 + 1 + 5 + 5 + 3 + 4 + 4
+DIFFERENT = 7 + 2 + 6 + 1 + 5 + 5 + 3 + 4 + 4
 
 
 @pytest.mark.parametrize("one_block", [256, 1])
