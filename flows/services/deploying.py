@@ -299,8 +299,7 @@ def _when(schedule: Any) -> str:
 def runs_under_way() -> list[dict[str, Any]]:
     """The flow runs that are in progress, or should be, the newest first."""
     state = FlowRunFilterState(
-        type=FlowRunFilterStateType(any_=UNDER_WAY),
-        name=FlowRunFilterStateName(any_=WAITING),
+        type=FlowRunFilterStateType(any_=UNDER_WAY), name=FlowRunFilterStateName(any_=WAITING)
     )
     state.operator = Operator.or_
     with get_client(sync_client=True) as client:
