@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"demonstrations": 240, "preferences": 240, "prompts": 120}
 SECONDS_A_COMMAND = 180
 OURS = ("PLUMBLINE_", "PREFECT_", "MLFLOW_", "DVC_")
-HEAVY = ("run", "chat", "compare", "gc", "promote", "serve", "verify")
+HEAVY = ("run", "chat", "compare", "gc", "promote", "verify")
 """Commands that import much; the tests fork them from a process that has done so (warm.py)."""
 SECRETS = {
     "HF_TOKEN": "planted-hub-token",
