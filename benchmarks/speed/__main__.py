@@ -183,7 +183,7 @@ def _measured(bench: Bench, part: Part, page: Path) -> bool:
 
 def _write_page(page: Path, store: Store) -> None:
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    write_text(page, report.replace(before, report.tables(store)))
+    write_text(page, report.replace(before, report.page_tables(store)))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def all_parts(size: Size, works: Path) -> dict[str, Part]:
     """The parts by their names; `works` holds the folders of prepared models, a and b."""
     parts = [
         *(_ppo(work, size, works) for work in ("a", "b")),
-        *(_supervised(kind, work, size, works) for kind in ("sft", "reward") for work in ("a", "b")),
+        *(_supervised("sft", work, size, works) for work in ("a", "b")),
+        *(_supervised("reward", work, size, works) for work in ("a", "b")),
         _utilisation(size, works),
         _vocabulary(size),
         _linearity(size, works),

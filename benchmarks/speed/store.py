@@ -37,7 +37,7 @@ class Store:
         if path.is_file():
             content = json.loads(path.read_bytes())
             self.measurements = [Measurement(**row) for row in content["measurements"]]
-            self.machine = content["machine"] if not machine else machine
+            self.machine = machine or content["machine"]
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -5,6 +5,7 @@ It runs in the peers' environments, too, and so imports nothing but the standard
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,32 @@ def timed() -> Iterator[Clock]:
     clock.seconds = time.perf_counter() - began
 
 
-def read_rows(folder: str) -> dict[str, Any]:
-    """The token ids that both sides train on, from a folder that `ours.prepare` has made."""
-    rows: dict[str, Any] = json.loads(Path(folder, "rows.json").read_bytes())
-    return rows
+def rows_of(model: Spec) -> dict[str, Any]:
+    """The token ids that both sides train on.
+
+    Those of the folder that `ours.prepare` has made, or random ones, for random weights: as many
+    `rows` as the model's spec says, with `prompt` and `response` lengths between two numbers each.
+    """
+    if "folder" in model:
+        rows: dict[str, Any] = json.loads(Path(model["folder"], "rows.json").read_bytes())
+        return rows
+    draw = random.Random(0)
+    vocabulary = model["shape"]["vocab_size"]
+
+    def text(kind: str) -> list[int]:
+        length = draw.randint(*model[kind])
+        # 0 pads and 1 ends.
+        return [draw.randrange(3, vocabulary) for _ in range(length)]
+
+    fields = ("prompt", "chosen", "rejected")
+    pairs = [
+        {name: text(name if name == "prompt" else "response") for name in fields}
+        for _ in range(model["rows"])
+    ]
+    return {
+        "queries": [pair["prompt"] for pair in pairs],
+        "sft": [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs],
+        "reward": pairs,
+        "end": 1,
+        "pad": 0,
+    }

@@ -12,7 +12,7 @@ import random
 from benchmarks.speed.ours.models import Prompts, language_model, ppo_models
 from benchmarks.speed.ours.ppo import setting_of, warm_up
 from benchmarks.speed.ours.supervised import tokens_of
-from benchmarks.speed.worker import Result, Spec, read_rows, serve, timed
+from benchmarks.speed.worker import Result, Spec, rows_of, serve, timed
 from plumbline.params.schema import SFTParams
 from plumbline.training.device import training_device
 from plumbline.training.perf import matmul_rate
@@ -65,7 +65,7 @@ def sft_point(spec: Spec, size: int) -> Point:
     """A training on so many rows."""
     device = training_device()
     precision = resolve_precision(spec["precision"], device)
-    content = read_rows(spec["model"]["folder"])
+    content = rows_of(spec["model"])
     rows = content["sft"][:size]
     model = language_model(spec["model"], device)
     matmul_rate(device, precision)

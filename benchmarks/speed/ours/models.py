@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.speed.worker import Result, Spec, peak_mb, read_rows
+from benchmarks.speed.worker import Result, Spec, peak_mb, rows_of
 from plumbline.data.tokenize import ChatEncoder
 from plumbline.models.load import load_lm
 from plumbline.models.scalar_head import load_scalar_model, scalar_model_from_lm
@@ -34,10 +34,8 @@ class Prompts:
 
     @classmethod
     def of(cls, spec: Spec) -> "Prompts":
-        """Those of the folder, or those that the spec brings along."""
-        if "queries" in spec:
-            return cls(spec["queries"], [1], 0)
-        rows = read_rows(spec["model"]["folder"])
+        """Those of the spec's model."""
+        rows = rows_of(spec["model"])
         return cls(rows["queries"], [rows["end"]], rows["pad"])
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed.ours.models import scalar_model
-from benchmarks.speed.worker import Result, Spec, read_rows, serve
+from benchmarks.speed.worker import Result, Spec, rows_of, serve
 from plumbline.models.load import load_lm
 from plumbline.rollout.experience import Sequences, score_sequences
 from plumbline.rollout.generate import sample_responses
@@ -17,7 +17,7 @@ from plumbline.training.precision import autocast, resolve_precision
 def work(spec: Spec) -> Result:
     """Sample a response to each prompt, and score it."""
     device = training_device()
-    rows = read_rows(spec["model"]["folder"])
+    rows = rows_of(spec["model"])
     queries = rows["held_out"][: spec["prompts"]]
     policy = load_lm(Path(spec["policy"])).to(device).eval()
     with autocast(device, resolve_precision("auto", device)):

@@ -6,7 +6,7 @@ from benchmarks.speed.ours.models import (
     memory,
     synchronize,
 )
-from benchmarks.speed.worker import Result, Spec, read_rows, serve, timed
+from benchmarks.speed.worker import Result, Spec, rows_of, serve, timed
 from plumbline.params.schema import RewardModelParams, SFTParams
 from plumbline.training.device import training_device
 from plumbline.training.perf import matmul_rate
@@ -22,9 +22,8 @@ def work(spec: Spec) -> Result:
     """Train on the rows once; say how long it took."""
     device = training_device()
     precision = resolve_precision(spec["precision"], device)
-    given = spec if "rows" in spec else read_rows(spec["model"]["folder"])
-    rows: list[Row] = given[spec["kind"] if given is not spec else "rows"][: spec["rows_used"]]
-    pad = given.get("pad", 0)
+    content = rows_of(spec["model"])
+    rows: list[Row] = content[spec["kind"]][: spec["rows_used"]]
     options = {
         "epochs": 1,
         "batch_size": spec["batch"],
@@ -44,7 +43,7 @@ def work(spec: Spec) -> Result:
         model = fresh_scalar_model(spec["model"], device)
 
     def train(part: list[Row], log: Log) -> None:
-        shared = {"pad_token_id": pad, "seed": spec["seed"], "precision": precision}
+        shared = {"pad_token_id": content["pad"], "seed": spec["seed"], "precision": precision}
         if spec["kind"] == "sft":
             train_sft(
                 model, part, SFTParams(**options), log=log, progress=ignore_progress, **shared

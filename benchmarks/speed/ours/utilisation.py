@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.ours.models import memory, ppo_models, synchronize
 from benchmarks.speed.ours.ppo import setting_of
-from benchmarks.speed.worker import Result, Spec, read_rows, serve
+from benchmarks.speed.worker import Result, Spec, rows_of, serve
 from plumbline.data.collate import pad_left, pad_right
 from plumbline.rollout.experience import (
     Experience,
@@ -66,13 +66,9 @@ def work(spec: Spec) -> Result:
 
 
 def read_sequences(spec: Spec, device: torch.device) -> Sequences:
-    """Prompts with their chosen answers, or those that the spec brings along."""
-    if "rows" in spec:
-        rows, pad = spec["rows"], 0
-    else:
-        content = read_rows(spec["model"]["folder"])
-        rows, pad = content["sft"], content["pad"]
-    rows = rows[: spec["episodes"]]
+    """Prompts with their chosen answers."""
+    content = rows_of(spec["model"])
+    rows, pad = content["sft"][: spec["episodes"]], content["pad"]
     query = pad_left([row["prompt"] for row in rows], pad)
     response = pad_right([row["response"] for row in rows], pad)
     both = (torch.cat([a, b], 1).to(device) for a, b in zip(query, response, strict=True))

@@ -53,8 +53,8 @@ def _run(*command: str) -> None:
     done = subprocess.run(command)
     if done.returncode:
         raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}; the packages come from PyPI, or from"
-            " where pip is set up to look. Run again when it can be reached."
+            f"{' '.join(command)} ended with {done.returncode}; the packages come from PyPI, or "
+            "from where pip is set up to look. Run again when it can be reached."
         )
 
 

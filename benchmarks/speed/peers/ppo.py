@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from benchmarks.speed.peers import common
-from benchmarks.speed.worker import Result, Spec, read_rows, serve, timed
+from benchmarks.speed.worker import Result, Spec, rows_of, serve, timed
 
 
 def work(spec: Spec) -> Result:
@@ -37,7 +37,7 @@ def work(spec: Spec) -> Result:
     model = spec["model"]
     policy = common.language_model(model, dtype)
     critic = common.scalar_model(model, dtype)
-    queries = spec.get("queries") or read_rows(model["folder"])["queries"]
+    queries = rows_of(model)["queries"]
     tokenizer = common.tokenizer(model)
     tokenizer.padding_side = "left"
     policy.generation_config.pad_token_id = tokenizer.pad_token_id

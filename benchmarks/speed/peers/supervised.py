@@ -17,15 +17,15 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.speed.peers import common
-from benchmarks.speed.worker import Result, Spec, read_rows, serve, timed
+from benchmarks.speed.worker import Result, Spec, rows_of, serve, timed
 
-WARM_UP_ROWS = 4
+Row = dict[str, list[int]]
+"""`prompt` with `response`, or with `chosen` and `rejected`: token ids."""
 
 
 def work(spec: Spec) -> Result:
     """Train on the rows once; say how long it took."""
-    rows = spec.get("rows") or read_rows(spec["model"]["folder"])[spec["kind"]]
-    rows = rows[: spec["rows_used"]]
+    rows = rows_of(spec["model"])[spec["kind"]][: spec["rows_used"]]
     make = sft_trainer if spec["kind"] == "sft" else reward_trainer
     network = (common.language_model if spec["kind"] == "sft" else _fresh)(
         spec["model"], torch.float32
@@ -58,11 +58,11 @@ def _fresh(model: Spec, _: torch.dtype) -> Any:
     return common.fresh_scalar_model(model)
 
 
-def _ids(row: dict[str, list[int]]) -> list[int]:
+def _ids(row: Row) -> list[int]:
     return [*row["prompt"], *row.get("response", row.get("chosen", []))]
 
 
-def tokens(row: dict[str, list[int]]) -> int:
+def tokens(row: Row) -> int:
     """Real tokens that a row's sequences have."""
     prompts = 1 if "response" in row else 2
     return sum(map(len, row.values())) + (prompts - 1) * len(row["prompt"])
@@ -93,9 +93,7 @@ def _options(spec: Spec, folder: str) -> dict[str, Any]:
     return options
 
 
-def sft_trainer(
-    model: Any, rows: list[dict[str, list[int]]], spec: Spec, folder: str
-) -> SFTTrainer:
+def sft_trainer(model: Any, rows: list[Row], spec: Spec, folder: str) -> SFTTrainer:
     """The trainer, on rows that are token ids already."""
     options = _options(spec, folder)
     if spec["setting"] == "packed":
@@ -120,9 +118,7 @@ def sft_trainer(
     )
 
 
-def reward_trainer(
-    model: Any, rows: list[dict[str, list[int]]], spec: Spec, folder: str
-) -> RewardTrainer:
+def reward_trainer(model: Any, rows: list[Row], spec: Spec, folder: str) -> RewardTrainer:
     """The trainer, on pairs that are token ids already."""
     columns = {
         f"{side}_ids": [[*row["prompt"], *row[side]] for row in rows]
