@@ -28,7 +28,7 @@ from benchmarks.speed.process import (
     Measured,
     ProcessError,
     own_python,
-    run_data_benchmark,
+    run_script,
     run_worker,
 )
 from benchmarks.speed.store import Measurement, Store, digest, write_text
@@ -106,7 +106,8 @@ class Bench:
         print(measured.result, file=sys.stderr)
 
     def _sides(self, part: Part) -> tuple[Side, ...]:
-        return part.sides or (Side("check and prepare", "", {"size": self.size}),)
+        # The other benchmarks have sides of their own.
+        return part.sides or (Side(part.kind, "", {"size": self.size}),)
 
     def _key(self, part: Part, side: Side, turn: int) -> str:
         machine = [self.store.machine[name] for name in ("cpu", "cores", "memory_gb")]
@@ -114,7 +115,13 @@ class Bench:
 
     def _measure(self, part: Part, side: Side, turn: int) -> Measured:
         if part.kind == "data":
-            return run_data_benchmark(1_000_000 if self.size == "full" else 2000)
+            pairs = 1_000_000 if self.size == "full" else 2000
+            return run_script("data.py", "--pairs", str(pairs))
+        if part.kind == "rerun":
+            repeats = 11 if self.size == "full" else 1
+            return run_script(
+                "orchestration.py", "plan", "run", "--small", "--repeats", str(repeats)
+            )
         python = own_python() if side.python == "own" else ensure(side.python)
         spec: Spec = side.spec | {"seed": turn}
         ours = side.python == "own"

@@ -34,7 +34,7 @@ class Part:
 
     name: str
     title: str
-    kind: Literal["ppo", "supervised", "utilisation", "vocabulary", "linearity", "data"]
+    kind: Literal["ppo", "supervised", "utilisation", "vocabulary", "linearity", "data", "rerun"]
     turns: int
     minutes: float
     """Expected on two cores."""
@@ -145,6 +145,7 @@ def all_parts(size: Size, works: Path) -> dict[str, Part]:
         _vocabulary(size),
         _linearity(size, works),
         Part("data", "A million preference pairs", "data", turns=1, minutes=7),
+        Part("rerun", "A run with nothing to do, against `dvc repro`", "rerun", turns=1, minutes=4),
     ]  # fmt: skip
     return {part.name: part for part in parts}
 

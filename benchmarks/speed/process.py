@@ -97,24 +97,23 @@ def run_command(command: list[str], environment: Mapping[str, str]) -> Measured:
     return Measured(result, clock.seconds, load.others(cpu))
 
 
-def run_data_benchmark(pairs: int) -> Measured:
-    """Let `benchmarks/data.py` validate, split and write so many generated pairs.
+def run_script(name: str, *arguments: str) -> Measured:
+    """Run one of the other benchmarks, which write a list of rows with `--json`.
 
     Raises:
         ProcessError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "data.json")
-        script = f"{ROOT}/benchmarks/data.py"
-        command = [sys.executable, "-c", _DATA, script, "--pairs", str(pairs), "--json", str(out)]
-        return run_command(command, os.environ)
+        out = Path(folder, "rows.json")
+        script = [str(ROOT / "benchmarks" / name), *arguments, "--json", str(out)]
+        return run_command([sys.executable, "-c", _SCRIPT, *script], os.environ)
 
 
 # It exits with 1 where a bar is missed, which the table says by itself.
-_DATA = """\
+_SCRIPT = """\
 import json, subprocess, sys
 subprocess.run([sys.executable, *sys.argv[1:]], stdout=sys.stderr)
-print(json.dumps({"processes": json.load(open(sys.argv[-1]))}))
+print(json.dumps({"rows": json.load(open(sys.argv[-1]))}))
 """
 
 

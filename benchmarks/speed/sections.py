@@ -308,12 +308,12 @@ def _linearity_claims(part: Part, results: Results) -> Iterator[Claim]:
 # A million pairs.
 
 
-def _processes(results: Results) -> list[dict[str, Any]]:
+def _rows(results: Results) -> list[dict[str, Any]]:
     return [
         row
         for turns in results.sides.values()
         for result in turns.values()
-        for row in result["processes"]
+        for row in result["rows"]
     ]
 
 
@@ -323,18 +323,33 @@ def _data_section(results: Results) -> str:
             row["work"], f"{row['pairs']:,}", f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}", f"{row['peak_mb']:,.0f}",
         ]
-        for row in _processes(results)
+        for row in _rows(results)
     ]  # fmt: skip
     return table(["", "pairs", "seconds", "of CPU", "peak memory, MB"], rows)
 
 
 def _data_claims(part: Part, results: Results) -> Iterator[Claim]:
-    for row in _processes(results):
+    for row in _rows(results):
         for name, bar in DATA.items():
             unit = bar.unit
             what = f"{row['work']}, {'seconds' if name == 'seconds' else 'peak memory'}"
             value = row[name]
             yield Claim(part.name, what, f"{number(value)}{unit}", f"{bar}", bar.verdict(value))
+
+
+# Nothing to do.
+
+
+def _rerun_section(results: Results) -> str:
+    rows = [[row["part"], row["measured"], f"{row['value']:.2f}"] for row in _rows(results)]
+    return table(["command", "measured", "times `dvc repro`"], rows)
+
+
+def _rerun_claims(part: Part, results: Results) -> Iterator[Claim]:
+    for row in _rows(results):
+        bar = Bar(row["bar"], at_least=False)
+        what = f"`plumbline {row['part']}` over a no-op `dvc repro`"
+        yield _times(part, what, Spread.of([row["value"]]), bar)
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
@@ -344,6 +359,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "vocabulary": _vocabulary_section,
     "linearity": _linearity_section,
     "data": _data_section,
+    "rerun": _rerun_section,
 }
 CLAIMS: dict[str, Callable[[Part, Results], Iterator[Claim]]] = {
     "ppo": _ppo_claims,
@@ -352,4 +368,5 @@ CLAIMS: dict[str, Callable[[Part, Results], Iterator[Claim]]] = {
     "vocabulary": _vocabulary_claims,
     "linearity": _linearity_claims,
     "data": _data_claims,
+    "rerun": _rerun_claims,
 }
