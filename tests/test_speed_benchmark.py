@@ -138,7 +138,7 @@ def test_the_page_keeps_what_is_written_by_hand(store):
 
 def test_a_table_says_that_the_machine_was_busy(store):
     assert "Others took" not in report.page_tables(store)
-    store.add(measurement("ppo-a", "plumbline", 1, ppo(12.0, 620.0, [1.0]), others=0.3))
+    store.add(measurement("ppo-a", "plumbline", 1, ppo(12.0, 620.0, [1.0, 2.0, 3.0]), others=0.3))
     assert "during: plumbline, turn 2 (30%)." in report.page_tables(store)
 
 

@@ -30,7 +30,7 @@ from benchmarks.speed.worker import Result, Spec, serve
 from plumbline.data.convert import FORMATS
 from plumbline.data.tokenize import ChatEncoder, train_tokenizer, training_texts
 from plumbline.data.turns import without_oldest_turn
-from plumbline.data.values import Fault
+from plumbline.data.values import CONVERTERS, Fault
 from plumbline.models.load import base_model, base_tokenizer
 from plumbline.models.scalar_head import normalise_scores, scalar_model_from_lm
 from plumbline.params.schema import GGUFModel, RewardModelParams, SFTParams
@@ -116,7 +116,8 @@ def read_pairs(path: Path) -> list[Pair]:
                 row = convert(json.loads(line))
             except Fault:
                 continue
-            pairs.append(Pair(row["prompt"], row["chosen"].strip(), row["rejected"].strip()))
+            prompt = CONVERTERS["prompt"](row["prompt"])
+            pairs.append(Pair(prompt, row["chosen"].strip(), row["rejected"].strip()))
     return [pair for pair in pairs if pair.chosen and pair.rejected]
 
 
