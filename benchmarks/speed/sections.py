@@ -179,13 +179,13 @@ def _supervised_section(results: Results) -> str:
             side, f"{results.spread(side, unit)}",
             "" if side == OURS else f"{results.over(side, unit)}",
             f"{results.spread(side, results.memory)}",
-            f"{Spread.of([r['losses'][-1] for r in results.sides[side].values()])}",
+            f"{results.spread(side, 'mean_loss')}",
         ]
         for side in (OURS, *results.peers)
     ]  # fmt: skip
     named = "pairs/s" if unit == "rows_per_s" else "real tokens/s"
     packages = next((r["packages"] for s in results.peers for r in results.sides[s].values()), {})
-    head = ["", named, "ours over it", "peak memory, MB", "last loss"]
+    head = ["", named, "ours over it", "peak memory, MB", "mean loss"]
     return f"{table(head, rows)}\n\n{_peer(packages)}"
 
 

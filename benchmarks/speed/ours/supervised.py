@@ -1,5 +1,7 @@
 """SFT and reward model as Plumbline trains them."""
 
+from collections.abc import Mapping
+
 from benchmarks.speed.ours.models import (
     fresh_scalar_model,
     language_model,
@@ -32,10 +34,10 @@ def work(spec: Spec) -> Result:
         "schedule": "linear",
         "warmup_fraction": 0.0,
     }
-    losses: list[float] = []
+    losses: list[tuple[int, float]] = []
 
-    def note(_: int, metrics: dict[str, float]) -> None:
-        losses.extend(value for name, value in metrics.items() if name.endswith("/loss"))
+    def note(step: int, metrics: Mapping[str, float]) -> None:
+        losses.extend((step, value) for name, value in metrics.items() if name.endswith("/loss"))
 
     if spec["kind"] == "sft":
         model = language_model(spec["model"], device)
@@ -69,10 +71,19 @@ def work(spec: Spec) -> Result:
         "seconds": clock.seconds,
         "tokens_per_s": tokens / clock.seconds,
         "rows_per_s": len(rows) / clock.seconds,
-        "losses": losses,
+        "mean_loss": mean_over_steps(losses),
         "precision": precision,
         **memory(),
     }
+
+
+def mean_over_steps(losses: list[tuple[int, float]]) -> float:
+    """The mean of losses that were each logged as the mean since the last one."""
+    total, before = 0.0, 0
+    for step, loss in losses:
+        total += loss * (step - before)
+        before = step
+    return total / before
 
 
 def tokens_of(row: Row) -> int:

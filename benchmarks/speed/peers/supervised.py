@@ -36,10 +36,9 @@ def work(spec: Spec) -> Result:
         network.zero_grad(set_to_none=True)
         trainer = make(network, rows, spec, folder)
         with timed() as clock:
-            trainer.train()
+            done = trainer.train()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {
         "kind": spec["kind"],
         "rows": len(rows),
@@ -47,7 +46,7 @@ def work(spec: Spec) -> Result:
         "seconds": clock.seconds,
         "tokens_per_s": sum(map(tokens, rows)) / clock.seconds,
         "rows_per_s": len(rows) / clock.seconds,
-        "losses": losses,
+        "mean_loss": done.training_loss,
         "mixed_precision": trainer.accelerator.mixed_precision,
         **common.memory(),
         **common.setup(),
