@@ -56,7 +56,7 @@ def run_worker(
         | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         # Fast tokenizers' threads would only compete.
         | {"TOKENIZERS_PARALLELISM": "false"}
-        | environment,
+        | dict(environment),
     )
 
 

@@ -41,7 +41,8 @@ def bars_table(store: Store) -> str:
         if (rows := store.of(part.name))
         for claim in CLAIMS[part.kind](part, Results(part, rows))
     ]
-    return table(["part", "figure", "measured", "bar", ""], [[*claim] for claim in claims])
+    head = ["part", "figure", "measured", "bar", ""]
+    return table(head, [[*claim] for claim in claims], texts=len(head))
 
 
 def replace(page: str, block: str) -> str:

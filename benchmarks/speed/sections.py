@@ -72,9 +72,9 @@ class Results:
         return max(peers, key=lambda side: self.spread(side, name).median, default=None)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    rule = ["---", *("---:" for _ in head[1:])]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Markdown; the first columns, so many, are texts, the others numbers."""
+    rule = ["---" if place < texts else "---:" for place in range(len(head))]
     lines = [head, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
@@ -184,7 +184,9 @@ def _supervised_section(results: Results) -> str:
         for side in (OURS, *results.peers)
     ]  # fmt: skip
     named = "pairs/s" if unit == "rows_per_s" else "real tokens/s"
-    packages = next((r["packages"] for s in results.peers for r in results.sides[s].values()), {})
+    packages: dict[str, str] = next(
+        (r["packages"] for s in results.peers for r in results.sides[s].values()), {}
+    )
     head = ["", named, "ours over it", "peak memory, MB", "mean loss"]
     return f"{table(head, rows)}\n\n{_peer(packages)}"
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.speed.ours.models import Prompts, memory, ppo_models, synchronize
 from benchmarks.speed.worker import Result, Spec, serve, timed
@@ -97,9 +98,9 @@ def warm_up(models: Models, prompts: Prompts, setting: Setting) -> None:
         )  # fmt: skip
         sequences = Sequences.join(queries, responses, prompts.pad_token_id)
         loss = response_logprobs(models.policy, sequences, 1.0).mean()
-        if models.critic is not None and not hasattr(models.critic, "linear"):
+        if isinstance(models.critic, PreTrainedModel):
             loss = loss + response_values(models.critic, sequences).mean()
-    loss.backward()
+    torch.autograd.backward(loss)
     for network in (models.policy, models.critic):
         if network is not None:
             network.zero_grad(set_to_none=True)

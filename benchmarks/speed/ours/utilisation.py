@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from benchmarks.speed.ours.models import memory, ppo_models, synchronize
 from benchmarks.speed.ours.ppo import setting_of
 from benchmarks.speed.worker import Result, Spec, rows_of, serve
-from plumbline.data.collate import pad_left, pad_right
+from plumbline.data.collate import Padded, pad_left, pad_right
 from plumbline.rollout.experience import (
     Experience,
     Sequences,
@@ -71,25 +72,31 @@ def read_sequences(spec: Spec, device: torch.device) -> Sequences:
     rows, pad = content["sft"][: spec["episodes"]], content["pad"]
     query = pad_left([row["prompt"] for row in rows], pad)
     response = pad_right([row["response"] for row in rows], pad)
-    both = (torch.cat([a, b], 1).to(device) for a, b in zip(query, response, strict=True))
-    return Sequences(*both, response.mask.to(device))
+    return side_by_side(query, response, device)
+
+
+def side_by_side(query: Padded, response: Padded, device: torch.device) -> Sequences:
+    """Left-padded queries with right-padded responses."""
+    ids = torch.cat([query.ids, response.ids], 1).to(device)
+    mask = torch.cat([query.mask, response.mask], 1).to(device)
+    return Sequences(ids, mask, response.mask.to(device))
 
 
 @torch.no_grad()
 def experience_of(models: Models, sequences: Sequences, setting: Setting) -> Experience:
     """As if the policy had just sampled them, with random advantages."""
-    assert models.critic is not None
+    assert isinstance(models.critic, PreTrainedModel)
     mask = sequences.response_mask
     logprobs = torch.zeros(mask.shape, device=mask.device)
     values = torch.zeros_like(logprobs)
     with autocast(mask.device, setting.precision):
-        for rows in torch.arange(len(mask), device=mask.device).split(8):
+        for rows in torch.split(torch.arange(len(mask), device=mask.device), 8):
             part = sequences.rows(rows)
             width = part.response_mask.shape[1]
             logprobs[rows, :width] = response_logprobs(
                 models.policy, part, setting.sampling.temperature
             )
-            values[rows, :width] = response_values(models.critic, part).float()  # type: ignore[arg-type]
+            values[rows, :width] = response_values(models.critic, part).float()
     generator = torch.Generator().manual_seed(0)
     advantages = torch.randn(mask.shape, generator=generator).to(mask.device) * mask
     return Experience(sequences, logprobs, logprobs, advantages, values, values + advantages)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speed.ours.models import ppo_models
 from benchmarks.speed.ours.ppo import setting_of
-from benchmarks.speed.ours.utilisation import experience_of
+from benchmarks.speed.ours.utilisation import experience_of, side_by_side
 from benchmarks.speed.worker import Result, Spec, forget_peak, peak_mb, resident_mb, serve
 from plumbline.data.collate import pad_left, pad_right
 from plumbline.rollout.experience import Sequences
@@ -57,8 +57,7 @@ def random_sequences(spec: Spec, device: torch.device) -> Sequences:
     ids = torch.randint(3, vocabulary, (size, 2 * tokens), generator=generator).tolist()
     query = pad_left([row[:tokens] for row in ids], 0)
     response = pad_right([row[tokens:] for row in ids], 0)
-    both = (torch.cat([a, b], 1).to(device) for a, b in zip(query, response, strict=True))
-    return Sequences(*both, response.mask.to(device))
+    return side_by_side(query, response, device)
 
 
 if __name__ == "__main__":

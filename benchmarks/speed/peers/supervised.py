@@ -103,7 +103,7 @@ def sft_trainer(model: Any, rows: list[Row], spec: Spec, folder: str) -> SFTTrai
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": max(1, round(packs)),
         }
-    columns = {
+    columns: dict[str, Any] = {
         "input_ids": [[*row["prompt"], *row["response"]] for row in rows],
         "completion_mask": [[0] * len(row["prompt"]) + [1] * len(row["response"]) for row in rows],
     }
@@ -119,7 +119,7 @@ def sft_trainer(model: Any, rows: list[Row], spec: Spec, folder: str) -> SFTTrai
 
 def reward_trainer(model: Any, rows: list[Row], spec: Spec, folder: str) -> RewardTrainer:
     """The trainer, on pairs that are token ids already."""
-    columns = {
+    columns: dict[str, Any] = {
         f"{side}_ids": [[*row["prompt"], *row[side]] for row in rows]
         for side in ("chosen", "rejected")
     }
