@@ -5,7 +5,8 @@ are known to be good, so that a machine on which nothing can be installed is mea
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -54,8 +55,9 @@ def _decorator(*_: Any, **__: Any) -> Callable[[Any], Any]:
     return lambda function: function
 
 
-def install() -> None:
-    """Let `import pydantic` find this."""
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Let `import pydantic` find this inside the block alone: others ask for it, too."""
     module = ModuleType("pydantic")
     vars(module).update(
         BaseModel=BaseModel,
@@ -65,6 +67,9 @@ def install() -> None:
         ValidationError=ValidationError,
         field_validator=_decorator,
         model_validator=_decorator,
-        field_serializer=_decorator,
     )
     sys.modules["pydantic"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["pydantic"]
