@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 APT := apt-get --quiet --quiet -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 
-.PHONY: run test lint setup smollm2 browser screenshots clean
+.PHONY: run test lint bench setup smollm2 browser screenshots clean
 
 run: $(READY)
 	$(BIN)/plumbline run quickstart
@@ -21,6 +21,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tables of docs/benchmarks.md, in an hour or so; BENCH="--help" says what else it takes.
+BENCH ?=
+bench: $(READY)
+	$(BIN)/python -m benchmarks.speed $(BENCH)
 
 setup: $(READY)
 

@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--small", action="store_true", help="Little training: not for cold.")
     parser.add_argument("--repeats", type=int, default=11, help="Turns behind each median.")
+    parser.add_argument("--json", type=Path, help="Write the rows there, too.")
     arguments = parser.parse_args()
     parts = arguments.parts or list(USUAL)
     if unknown := set(parts) - BARS.keys():
@@ -122,6 +123,9 @@ def main() -> int:
             swept = make_project(Path(folder, "swept"))
             rows.append(run_sweep(swept, [arguments.sweep, *experiment[1:]]))
     print(table(rows))
+    if arguments.json:
+        content = [row._asdict() | {"bar": BARS[row.part]} for row in rows]
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(row.passed for row in rows) else 1
 
 
