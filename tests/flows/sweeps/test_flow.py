@@ -152,6 +152,8 @@ def test_the_run_in_mlflow_holds_the_points_the_figure_the_table_and_the_best(sw
 
 def test_the_best_point_has_the_highest_gold_score_and_the_alias(swept):
     finished = [point for point in swept.first["points"] if point["status"] == "finished"]
+    # Of equally good ones the one with the smaller KL.
+    finished.sort(key=lambda point: point["metrics"]["eval/policy/kl"])
     best = max(finished, key=lambda point: point["metrics"]["eval/policy/gold"])
 
     assert swept.first["best"] == best["number"]
