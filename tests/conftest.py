@@ -86,30 +86,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_up",
-    "test_stopping",
-    "test_sweep",
-    "test_alignment",
-    "test_reproducing",
-    "test_promoting",
-    "test_chaos",
-    "test_prefect_server",
-    "test_damage",
-    "test_methods",
-    "test_browser",
-    "test_resume",
-    "test_outage",
-    "test_sources",
-    "test_planning",
-    "test_comparing",
+    "flows/services/test_up.py",
+    "flows/test_stopping.py",
+    "flows/sweeps/test_flow.py",
+    "flows/alignment/test_flow.py",
+    "flows/reproducing/test_command.py",
+    "flows/promotion/test_flow.py",
+    "test_chaos.py",
+    "plumbline/training/test_resume.py",
+    "flows/services/test_prefect_server.py",
+    "flows/storage/test_damage.py",
+    "flows/alignment/test_methods.py",
+    "flows/test_browser.py",
+    "flows/alignment/test_resume.py",
+    "tasks/test_outage.py",
+    "tasks/test_sources.py",
+    "flows/alignment/test_planning.py",
+    "flows/comparing/test_runs.py",
 )
-"""Files with the longest tests."""
+"""Files that take longest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let these begin first: of several processes, none is left alone with one at the end."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 class Forked(subprocess.Popen[str]):
