@@ -11,7 +11,7 @@ APT := apt-get --quiet --quiet -o Acquire::http::Timeout=20 -o Acquire::Retries=
 run: $(READY)
 	$(BIN)/plumbline run quickstart
 
-# In the order of their names, for that has the long files first; by xdist's own, which goes by how
+# In the order of tests/conftest.py, which has the long files first; by xdist's own, which goes by how
 # many tests a file has, the longest one would run last and alone.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
