@@ -177,6 +177,7 @@ def _measured(bench: Bench, part: Part, page: Path) -> bool:
     if reason := bench.missing(part):
         print(f"{part.name} is skipped: {reason}", file=sys.stderr)
         return False
+    print(f"{part.name}: {part.title}, some {part.minutes:g} minutes at full size", file=sys.stderr)
     try:
         if part.work:
             bench.prepare(part.work)

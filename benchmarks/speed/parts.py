@@ -75,7 +75,7 @@ PPO: Mapping[str, Mapping[Size, Spec]] = {
     # In batches of 8, TRL's default, a model this small would wait for Python most of the time.
     "a": {
         "full": {
-            "batch": 64, "mini_batch": 16, "episodes": 320, "learning_rate": 1e-4,
+            "batch": 64, "mini_batch": 16, "episodes": 256, "learning_rate": 1e-4,
             "micro_batch_tokens": 4096,
         },
         "quick": {
@@ -170,7 +170,7 @@ def _ppo(work: Literal["a", "b"], size: Size, works: Path) -> Part:
         f"PPO, {WORKS[work]}",
         "ppo",
         turns=_turns(size, 3 if work == "a" else 2),
-        minutes=12,
+        minutes=10 if work == "a" else 13,
         sides=(
             Side("plumbline", "ours.ppo", shared | {"precision": "auto"}),
             trl("TRL, its defaults", "no"),
@@ -210,7 +210,7 @@ def _supervised(
         f"{'SFT' if kind == 'sft' else 'Reward model'}, {WORKS[work]}",
         "supervised",
         turns=_turns(size, 3 if work == "a" else 2),
-        minutes=4 if work == "a" else 7,
+        minutes=4 if work == "a" else 6,
         sides=(Side("plumbline", "ours.supervised", ours), *map(trl, settings)),
         work=work,
     )
@@ -224,8 +224,8 @@ def _utilisation(size: Size, works: Path) -> Part:
     }  # fmt: skip
     sides = (Side(name, "ours.utilisation", shared | {"precision": name}) for name in _WIDTHS)
     return Part(
-        "update", f"The update of PPO, {WORKS['b']}", "utilisation", turns=_turns(size, 3),
-        minutes=8, sides=tuple(sides), work="b",
+        "update", f"The update of PPO, {WORKS['b']}", "utilisation", turns=_turns(size, 2),
+        minutes=6, sides=tuple(sides), work="b",
     )  # fmt: skip
 
 
