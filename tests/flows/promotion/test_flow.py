@@ -91,7 +91,7 @@ def test_a_challenger_meets_the_champion(rivals: Rivals) -> None:
 
     # It answered as in the evaluation of its own run: same prompts, same seed, same scorer.
     met = refused["metrics"]
-    assert met["contest/challenger/score"] == second["metrics"]["eval/policy/score"]
+    assert met["contest/challenger/score"] == pytest.approx(second["metrics"]["eval/policy/score"])
     assert met["contest/challenger/score"] != met["contest/champion/score"]
     assert met["contest/prompts"] == second["metrics"]["eval/prompts"] == 16
     assert met["contest/win_rate"] == refused["win_rate"]["mean"]
