@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.services import processes, up
 from flows.services.deployment_file import read_deployments
@@ -240,6 +241,16 @@ def test_the_shipped_file_has_a_deployment_for_each_experiment():
     experiments = {item.name for item in list_experiments(root / "params")}
 
     assert set(read_deployments(root)) >= experiments
+
+
+def test_what_waits_for_a_person_has_no_run_limit():
+    root = Path(__file__).resolve().parents[3]
+    stanzas = yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]
+    paused = [one for one in stanzas if one["entrypoint"].startswith("flows.deployments.promote.")]
+
+    assert paused
+    # A pause gives the slot back, and the engine ends a run that can't renew it.
+    assert not [one["name"] for one in paused if "concurrency_limit" in one]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ WATCH = """\
     concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
     work_pool: {name: local}
 """
+LIMIT_OF_WATCH = "    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}\n"
 SECOND = """\
   - name: second
     entrypoint: flows.deployments.align.align
@@ -339,7 +340,9 @@ def test_from_up_to_down(up, tmp_path):
     nightly = up.deployment()["schedules"][0]
     path = f"deployments/{up.deployment()['id']}/schedules/{nightly['id']}"
     up.ask(path, {"active": True}, method="PATCH")
-    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + WATCH + SECOND + SWEEP)
+    assert up.deployment("data-watch/data-watch")["global_concurrency_limit"]
+    unlimited = WATCH.replace(LIMIT_OF_WATCH, "")
+    (up.project.root / "prefect.yaml").write_text(DEPLOYMENTS + unlimited + SECOND + SWEEP)
     (up.project.root / "params" / "two.yaml").write_text(TWO)
     (automation,) = up.ask("automations/filter", {})
     up.ask(f"automations/{automation['id']}", {"enabled": False}, method="PATCH")
@@ -354,6 +357,7 @@ def test_from_up_to_down(up, tmp_path):
     ]  # fmt: skip
     assert [one["name"] for one in after["deployments"]] == names
     assert after["deployments"][1]["schedules"][0]["active"]
+    assert up.deployment("data-watch/data-watch")["global_concurrency_limit"] is None
     up.ask(path, {"active": False}, method="PATCH")
     assert [one["enabled"] for one in up.ask("automations/filter", {})] == [False]
     up.ask(f"automations/{automation['id']}", {"enabled": True}, method="PATCH")
