@@ -41,7 +41,7 @@ def chat(
             from flows.models.remote_chat import open_remote_chat
 
             answer = open_remote_chat(
-                url, temperature=temperature, max_tokens=max_tokens, seed=seed
+                url, say, temperature=temperature, max_tokens=max_tokens, seed=seed
             )
         else:
             err.print("[dim]loading …[/dim]")

@@ -1,26 +1,33 @@
 """Talking to a model that `plumbline serve` serves; imports no framework."""
 
 import json
+import time
 from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from flows.services.processes import answers
 from plumbline.errors import MachineError, ParamsError
 
 SECONDS = 300.0
 """How long an answer may take."""
+SECONDS_TO_LISTEN = 10.0
+"""How long a server that was just started may take until it listens."""
+SECONDS_TO_LOAD = 120.0
+"""How long a server that listens may take until its model is loaded."""
+PATIENCE = 2.0
+"""How long to wait before saying for what."""
 
 
 def open_remote_chat(
-    url: str, *, temperature: float, max_tokens: int, seed: int
+    url: str, say: Callable[[str], None], *, temperature: float, max_tokens: int, seed: int
 ) -> Callable[[str], str]:
     """Find a server; returns a function from a request to an answer.
 
     Args:
         url: of the server, for example http://127.0.0.1:5001.
+        say: takes a line that tells what is waited for.
         temperature: divides the logits.
         max_tokens: the longest answer.
         seed: of the first answer; each further one has the next.
@@ -32,11 +39,7 @@ def open_remote_chat(
     url = url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise ParamsError(f"--url {url}: expected the address of a server, http://HOST:PORT")
-    if not answers(f"{url}/ping"):
-        raise MachineError(
-            f"No model answers at {url}: expected a server there. Start one with `plumbline "
-            "serve`, or leave --url out to load a model here."
-        )
+    _wait_for_model(url, say)
     asked = 0
 
     def answer(request: str) -> str:
@@ -58,6 +61,51 @@ def open_remote_chat(
             ) from None
 
     return answer
+
+
+def _wait_for_model(url: str, say: Callable[[str], None]) -> None:
+    """Wait until a server answers: it may have been started just now, and load its model."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            _ping(url, PATIENCE)
+            return
+        except TimeoutError:
+            # It listens before it loads; whoever asks meanwhile waits in line.
+            say(f"the server at {url} listens; its model is still loading …")
+            break
+        except ConnectionRefusedError:
+            if time.monotonic() - began > SECONDS_TO_LISTEN:
+                raise _no_model(url, "nobody listens") from None
+            if not said and time.monotonic() - began > PATIENCE:
+                say(f"nobody listens at {url} yet …")
+                said = True
+            time.sleep(0.2)
+        except (OSError, HTTPException) as error:
+            raise _no_model(url, error) from None
+    try:
+        _ping(url, SECONDS_TO_LOAD)
+    except (OSError, HTTPException) as error:
+        why = f"{error} after {time.monotonic() - began:.0f} s" if str(error) else "it hung up"
+        raise _no_model(url, why) from None
+
+
+def _ping(url: str, seconds: float) -> None:
+    """Ask whether a model is there; raises what is below the error of urllib."""
+    try:
+        # A proxy of the environment is for other machines.
+        build_opener(ProxyHandler({})).open(f"{url}/ping", timeout=seconds).close()
+    except HTTPError:
+        raise
+    except URLError as error:
+        raise (error.reason if isinstance(error.reason, OSError) else error) from None
+
+
+def _no_model(url: str, why: object) -> MachineError:
+    return MachineError(
+        f"No model answers at {url} ({why}): expected a server there. Start one with `plumbline "
+        "serve`, or leave --url out to load a model here."
+    )
 
 
 def _post(url: str, body: Any) -> Any:
