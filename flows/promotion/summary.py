@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.markdown import plain
+from flows.markdown import literal, plain, table_head, table_row
 from flows.promotion.matching import Settled
 
 Outcome = Literal["promoted", "refused", "nothing to do"]
@@ -83,17 +83,20 @@ def nothing_to_do(settled: Settled) -> Promotion:
 
 def markdown(found: Promotion) -> str:
     """The comparison on a page: numbers, what to know of them, answers to the same prompts."""
-    lines = [f"# {found.model}: version {found.challenger}", "", found.reason]
+    lines = [f"# {literal(found.model)}: version {found.challenger}", "", literal(found.reason)]
     if rows := compared(found):
-        lines += ["", "| | champion | challenger |", "|---|---:|---:|"]
-        lines += [f"| {label} | {theirs} | {ours} |" for label, theirs, ours in rows]
+        lines += ["", *table_head("", "champion", "challenger", right=2)]
+        lines += [table_row(literal(label), theirs, ours) for label, theirs, ours in rows]
     if found.notes:
-        lines += ["", *(f"- {note}" for note in found.notes)]
+        lines += ["", *(f"- {literal(note)}" for note in found.notes)]
     if found.samples:
-        lines += ["", "| prompt | champion | challenger |", "|---|---|---|"]
+        lines += ["", *table_head("prompt", "champion", "challenger")]
         lines += [
-            f"| {_cell(one.prompt)} | {_cell(one.champion)} ({one.champion_score:.2f}) | "
-            f"{_cell(one.challenger)} ({one.challenger_score:.2f}) |"
+            table_row(
+                literal(one.prompt),
+                f"{literal(one.champion)} ({one.champion_score:.2f})",
+                f"{literal(one.challenger)} ({one.challenger_score:.2f})",
+            )
             for one in found.samples[:SHOWN_SAMPLES]
         ]
     return "\n".join(lines) + "\n"
@@ -146,8 +149,3 @@ def show_comparison(console: Console, found: Promotion) -> None:
         console.print(table)
     for note in found.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _cell(text: str) -> str:
-    """A text in a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", "<br>")

@@ -17,8 +17,9 @@ Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-AT_HOME = (b"content-security-policy", b"connect-src 'self'")
-"""Lets a page call nobody but its own server; Prefect's asks Amplitude how to watch its users."""
+AT_HOME = (b"content-security-policy", b"connect-src 'self'; img-src 'self' data: blob:")
+"""Lets a page call nobody but its own server: Prefect's asks Amplitude how to watch its users, and
+a picture in a text from elsewhere would tell who reads it."""
 
 REFUSAL = b"Refused: this server is not called by that name, or not from that page.\n"
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from flows.alignment.closing import ui_commands
 from flows.alignment.summary import RunSummary, StepSummary
-from flows.markdown import link
+from flows.markdown import link, literal, table_row
 from flows.services.pages import MlflowPages, flow_run_page
 from flows.sweeps.points import Outcome, last_words
 from plumbline.evaluation.best import SweepPoint, best_point, rule_in_words, why_no_best
@@ -202,29 +202,34 @@ def markdown(
         picture: address of the figure; None leaves it out.
         pages: addresses in MLflow; with them the page, which is Prefect's, links to the points.
     """
-    lines = [f"# {summary.sweep}", "", f"{len(summary.points)} points of {summary.experiment}."]
-    lines += ["", f"**Rule**: {summary.rule}.", "", f"**{summary.conclusion}**", ""]
+    experiment = literal(summary.experiment)
+    lines = [f"# {literal(summary.sweep)}", "", f"{len(summary.points)} points of {experiment}."]
+    lines += ["", f"**Rule**: {summary.rule}.", "", f"**{literal(summary.conclusion)}**", ""]
     if picture and measured(summary.points):
         lines += [f"![scores against KL]({picture})", ""]
     shown = _shown(summary.points)
     header = ["", "point", *shown, "seconds", "status", *(["open"] if pages else [])]
     numbers_at = len(shown) + 1
     last = len(header) - numbers_at - 2
-    lines += [_row(header), _row(["---"] * 2 + ["---:"] * numbers_at + ["---"] * last)]
+    lines += [table_row(*header)]
+    lines += [table_row(*["---"] * 2, *["---:"] * numbers_at, *["---"] * last)]
     for point in summary.points:
         cells = _cells(point)
-        name = f"**{point.label}**" if point.number == summary.best else point.label
+        label = literal(point.label)
+        name = f"**{label}**" if point.number == summary.best else label
         numbers = [cells.get(column, "") for column in shown]
         status = "best" if point.number == summary.best else point.status
         links = [_links(point, pages)] if pages else []
         row = [str(point.number), name, *numbers, f"{point.seconds:.0f}", status, *links]
-        lines.append(_row(row))
+        lines.append(table_row(*row))
     lines += ["", "Estimates on held-out prompts, with their 95% intervals; KL in nats a response."]
     lines += ["", *summary.notes] if summary.notes else []
     if summary.failed:
         lines += ["", "| failed | exit code | last words | log |", "|---|---:|---|---|"]
         lines += [
-            _row([f"{p.number}: {p.label}", str(p.exit_code), _code(p.error), _code(p.log)])
+            table_row(
+                f"{p.number}: {literal(p.label)}", str(p.exit_code), _code(p.error), _code(p.log)
+            )
             for p in summary.failed
         ]
     if pages:
@@ -328,9 +333,7 @@ def _cells(point: PointSummary) -> dict[str, str]:
     return cells
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def _code(text: str | None) -> str:
-    return f"`{(text or '').replace('`', chr(39))}`"
+    """A text in a cell, as code."""
+    shown = " ".join((text or "").split())
+    return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from flows.promotion.flow import judge
+from flows.promotion.approval import Approval
+from flows.promotion.flow import _asked, judge
 from flows.promotion.matching import Evaluation, Match, followed, scorer_of, why_unfair
-from flows.promotion.summary import markdown
+from flows.promotion.summary import Sample, markdown
 from plumbline.evaluation.scores import Interval
 from plumbline.params.schema import EvaluateParams, SamplingParams
 from plumbline.refs import DataRef, ModelRef
@@ -76,13 +79,30 @@ def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
     refused = judge(match(Interval(0.7, 0.6, 0.8)), 0.6, None)
     assert refused.outcome == "refused"
     assert "is not above the threshold 0.6" in refused.reason
-    assert "0.700 [0.600, 0.800]" in markdown(refused)
+    assert r"0.700 \[0.600, 0.800\]" in markdown(refused)
     assert "There is no champion." in markdown(refused)
 
 
 def test_an_unfair_scorer_refuses_without_numbers() -> None:
     found = judge(match(Interval(0.9, 0.8, 1.0), unfair="It favours it."), 0.0, None)
     assert (found.outcome, found.reason, found.win_rate) == ("refused", "It favours it.", None)
+
+
+def test_the_page_of_a_decision_shows_texts_as_they_are() -> None:
+    text = "# h | ![](http://evil.example/i.png)\n\n<img src=x> [a](http://b) `c`"
+    found = judge(match(Interval(0.7, 0.6, 0.8)), 0.5, None)
+    sample = Sample(
+        prompt=text, champion=text, champion_score=1.0, challenger=text, challenger_score=2.0
+    )
+    said = Approval(granted=False, by=f"Ann {text}", note=text)
+    found = _asked(found.model_copy(update={"samples": [sample], "notes": [text]}), lambda _: said)
+
+    shown = markdown(found)
+
+    (row,) = [line for line in shown.splitlines() if line.endswith("(2.00) |")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4
+    assert not re.search(r"(?<!\\)([\[\]`#!]|<(?!br>))", shown.partition("\n")[2])
+    assert {line[:2] for line in shown.splitlines() if line} == {"# ", "Ve", "- ", "| ", "|-"}
 
 
 @pytest.mark.parametrize(

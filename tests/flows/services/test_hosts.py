@@ -81,8 +81,9 @@ def test_pages_may_call_nobody_else():
     asyncio.run(Gate(page, NAMES)(scope, None, send))
     (start,) = sent
     assert start["headers"] == [
-        (b"content-type", b"text/html"), (b"content-security-policy", b"connect-src 'self'"),
-    ]  # fmt: skip
+        (b"content-type", b"text/html"),
+        (b"content-security-policy", b"connect-src 'self'; img-src 'self' data: blob:"),
+    ]
 
 
 @pytest.mark.parametrize(

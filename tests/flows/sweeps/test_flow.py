@@ -169,7 +169,7 @@ def test_the_report_has_the_figure_the_table_and_what_failed(swept):
     assert folder.parent == swept.project.home / "reports"
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "![scores against KL](frontier.png)" in report
-    assert "Best point of the 2 points that finished: kl_coef=" in report
+    assert r"Best point of the 2 points that finished: kl\_coef=" in report
     assert "the scorer is broken" in report
     assert "| 3 |" in report
     assert {path.name for path in folder.glob("point-*.log")} == {
@@ -345,7 +345,7 @@ def test_where_no_point_is_within_the_budget_there_is_no_best(sweep_of):
     assert (summary.best, summary.registered) == (None, {})
     assert (
         "**There is no best point: no point has KL ≤ 5 nats a response; the nearest is "
-        "kl_coef=0.2 with 7.00.**" in markdown(summary)
+        r"kl\_coef=0.2 with 7.00.**" in markdown(summary)
     )
 
 
@@ -357,7 +357,7 @@ def test_where_every_point_failed_there_is_no_figure_either(sweep_of):
     assert [point.number for point in summary.points] == [1, 2]
     assert "frontier.png" not in page
     assert "There is no best point of the 0 points that finished: no point finished." in page
-    assert "| 1: kl_coef=0.1 | 143 | `a \\| b` | `l` |" in page
+    assert r"| 1: kl\_coef=0.1 | 143 | `a \| b` | `l` |" in page
 
 
 def test_points_with_different_sft_models_are_marked_as_such(sweep_of):
