@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict
 WORK_TREE = "work tree"
 """Where data.dvc is looked at, unless a git ref is named."""
 
-State = Literal["unchanged", "under way", "announced before", "changed", "announced"]
+State = Literal["unchanged", "superseded", "under way", "announced before", "changed", "announced"]
+"""superseded: the source has not changed, but other data was trained on since."""
 
 
 class FileChange(BaseModel):

@@ -36,7 +36,8 @@ def watch(
 ) -> Found:
     """Look whether the data differs from what an experiment was last trained on.
 
-    A version is announced once for each time that it appears, and only if its rows are valid.
+    A version is announced once for each time that it appears, and only if its rows are valid. A
+    source that has not changed announces nothing where a change of another one was trained.
 
     Args:
         project: the project; its working tree stays as it is.
@@ -56,8 +57,10 @@ def watch(
         notes = WatchNotes(project.home, loaded.name)
         after = found.trained.run_id if found.trained else ""
         if data is None:
-            notes.forget_if_over(found.source, found.digest, after)
+            notes.write_unchanged(found.source, found.digest, after)
             return found
+        if notes.stayed(found.source, found.digest) and not again:
+            return found.model_copy(update={"state": "superseded"})
         note = notes.find(found.source, found.digest, after)
         if note is not None and not again:
             return found.model_copy(update={"state": "announced before", "event": note.event})

@@ -1,15 +1,15 @@
 """Which versions of the data were announced, so that none starts two runs.
 
-HOME/watch/EXPERIMENT.json has, for each source that is looked at, what was announced of it last.
+HOME/watch/EXPERIMENT.json has, for each source that is looked at, what was announced of it last,
+and the version at which it was found unchanged last, as long as it stays there.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 def _now() -> str:
@@ -30,8 +30,12 @@ class Note(BaseModel):
     """UTC."""
 
 
-class _File(RootModel[dict[str, Note]]):
+class _File(BaseModel):
     """The notes of an experiment, by source."""
+
+    announced: dict[str, Note] = {}
+    unchanged: dict[str, str] = {}
+    """Digest of what a source had when it was last looked at, if that was what was last trained."""
 
 
 class WatchNotes:
@@ -40,9 +44,9 @@ class WatchNotes:
     def __init__(self, home: Path, experiment: str) -> None:
         self._path = home / "watch" / f"{experiment}.json"
         try:
-            self._notes = _File.model_validate_json(self._path.read_bytes()).root
+            self._file = _File.model_validate_json(self._path.read_bytes())
         except (OSError, ValidationError):
-            self._notes = {}
+            self._file = _File()
 
     def find(self, source: str, digest: str, after: str) -> Note | None:
         """The note that this version was announced already; None where it was not.
@@ -52,31 +56,41 @@ class WatchNotes:
             digest: of the data set.
             after: the last run that has finished.
         """
-        own = self._notes.get(source)
+        own = self._file.announced.get(source)
         if own is not None and own.digest == digest:
             return own
         # Seen elsewhere first, and no run has finished since.
-        same = (n for n in self._notes.values() if (n.digest, n.after) == (digest, after))
-        return next(same, None)
+        notes = self._file.announced.values()
+        return next((n for n in notes if (n.digest, n.after) == (digest, after)), None)
+
+    def stayed(self, source: str, digest: str) -> bool:
+        """Whether a source has the version still at which it was found unchanged.
+
+        If that differs from what was last trained, it is since another source has changed.
+        """
+        return self._file.unchanged.get(source) == digest
 
     def write(self, source: str, note: Note) -> None:
         """Note that a version was announced."""
-        self._replace({**self._notes, source: note})
+        unchanged = {name: seen for name, seen in self._file.unchanged.items() if name != source}
+        self._replace({**self._file.announced, source: note}, unchanged)
 
-    def forget_if_over(self, source: str, digest: str, after: str) -> None:
-        """Forget what was announced of a source that has another version now.
+    def write_unchanged(self, source: str, digest: str, after: str) -> None:
+        """Note that a source has what was last trained, and forget what was announced of it before.
 
         Not while no run has finished since: one that failed would be started again if the version
         came back.
         """
-        own = self._notes.get(source)
-        if own is not None and own.digest != digest and own.after != after:
-            self._replace({name: n for name, n in self._notes.items() if name != source})
+        own = self._file.announced.get(source)
+        over = own is not None and own.digest != digest and own.after != after
+        if over or not self.stayed(source, digest):
+            notes = self._file.announced.items()
+            left = {name: note for name, note in notes if not (over and name == source)}
+            self._replace(left, {**self._file.unchanged, source: digest})
 
-    def _replace(self, notes: Mapping[str, Note]) -> None:
+    def _replace(self, announced: Mapping[str, Note], unchanged: Mapping[str, str]) -> None:
+        self._file = _File(announced=dict(announced), unchanged=dict(unchanged))
         self._path.parent.mkdir(exist_ok=True)
         aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        values = {source: note.model_dump() for source, note in notes.items()}
-        aside.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(self._file.model_dump_json(indent=1) + "\n", encoding="utf-8")
         aside.replace(self._path)
-        self._notes = dict(notes)

@@ -27,6 +27,11 @@ def sentence(found: Found) -> str:
     match found.state:
         case "unchanged":
             return f"{found.dataset} in {where} is what {trained} was trained on."
+        case "superseded":
+            return (
+                f"{where} has not changed since it was last trained on; {trained} was trained on "
+                "other data. With `again` it is announced all the same."
+            )
         case "under way":
             return f"A run of {found.experiment} on {where} is under way."
         case "announced before":

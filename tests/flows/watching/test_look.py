@@ -258,6 +258,36 @@ def test_a_version_is_announced_from_one_source_alone(watched):
     assert watched.look("main").state == "unchanged"
 
 
+def test_only_the_source_that_changed_announces(watched):
+    watched.train()
+    assert watched.look().state == "unchanged"
+    # A branch brings other data, and a run is trained on it; the work tree stays where it is.
+    watched.project.git("checkout", "--quiet", "-b", "other")
+    watched.add("What is new here?")
+    watched.project.dvc("push")
+    watched.project.git("add", "--all")
+    watched.project.git("commit", "--quiet", "-m", "More data")
+    there = watched.data()
+    watched.project.git("checkout", "--quiet", "main")
+    watched.project.dvc("checkout", "--force", "data.dvc")
+    assert watched.look("other").state == "announced"
+    watched.last = past_run("2", there)
+
+    found = watched.look()
+
+    assert found.state == "superseded"
+    assert "last trained on; the run tiny-2 was trained on other data." in sentence(found)
+    assert watched.look("other").state == "unchanged"
+    assert watched.look().state == "superseded"
+    assert len(watched.told) == 1
+    # What changes here is announced, and so is what comes back afterwards.
+    before = (watched.project.root / "data.dvc").read_bytes()
+    watched.add("And what is new here?")
+    assert watched.look().state == "announced"
+    (watched.project.root / "data.dvc").write_bytes(before)
+    assert watched.look().state == "announced"
+
+
 def test_a_ref_without_data_is_an_error(watched):
     watched.project.git("checkout", "--quiet", "--orphan", "empty")
     watched.project.git("rm", "--quiet", "--cached", "data.dvc")
