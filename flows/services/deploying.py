@@ -56,8 +56,16 @@ POOLS = {
 }
 
 
-def make_pools(project: Project) -> None:
-    """Make the work pools and the concurrency limit, and let the pools run this project's code."""
+def make_pools(project: Project, *, own: bool) -> None:
+    """Make the work pools and the concurrency limit, and let the pools run this project's code.
+
+    Args:
+        project: the project.
+        own: whether the server is this project's alone.
+
+    Raises:
+        MachineError: the pools of a server that is shared run another project's code.
+    """
     template = job_template(project.root)
     with get_client(sync_client=True) as client:
         for name, pool in POOLS.items():
@@ -74,6 +82,8 @@ def make_pools(project: Project) -> None:
                     )
                 )
                 continue
+            if not own:
+                _check_ours(found, project)
             if found.type == "process" and found.base_job_template != template:
                 client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
         try:
@@ -82,6 +92,20 @@ def make_pools(project: Project) -> None:
             client.create_global_concurrency_limit(
                 GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
             )
+
+
+def _check_ours(pool: Any, project: Project) -> None:
+    """Check that the runs of a pool that is there are not another project's."""
+    variables = pool.base_job_template.get("variables", {}).get("properties", {})
+    theirs = variables.get("working_dir", {}).get("default")
+    if pool.type == "process" and theirs not in (None, str(project.root)):
+        raise MachineError(
+            f"The work pool {pool.name} of the Prefect server that PREFECT_API_URL names belongs "
+            f"to the project at {theirs}, expected {project.root}: pools and deployments have one "
+            "name in all projects. Use another server (unset PREFECT_API_URL for one of this "
+            "project's own); or, if the project was moved here, delete the pool, then try again: "
+            f"prefect work-pool delete {pool.name}"
+        )
 
 
 def job_template(root: Path) -> dict[str, Any]:

@@ -84,12 +84,19 @@ class State(BaseModel):
     """What `plumbline up` has started and deployed, as services.json keeps it."""
 
     services: dict[str, Service] = {}
+    server: str = ""
+    """API of the Prefect server that the rest is in; empty for this project's own."""
     deployed: str = ""
     """Digest of what the deployments were made from."""
     deployments: dict[str, list[str]] = {}
     """By their names, with their flows' (align/quickstart): the names of their schedules."""
     automation: str = ""
     """Digest of what the automation of changed data was made from."""
+
+    def enter(self, server: str) -> None:
+        """Forget what is deployed where that was in another server."""
+        if server != self.server:
+            self.server, self.deployed, self.deployments, self.automation = server, "", {}, ""
 
 
 def read_state(home: Path) -> State:

@@ -37,6 +37,7 @@ from flows.services.processes import (
     write_state,
 )
 from flows.services.status import named_servers, tracking_uri
+from plumbline.addresses import without_credentials
 from plumbline.errors import MachineError
 from plumbline.project import Project
 from tasks.templates import opening
@@ -240,12 +241,16 @@ def _start_mlflow(project: Project, address: Address) -> Service:
 def _go_on_in_prefect(project: Project, state: State, say: Say) -> None:
     """Make pools, start workers, deploy and automate, in the server that is there by now."""
     prefect = state.services.get(PREFECT)
-    if PREFECT in _servers(project) and prefect and prefect.address:
+    own = PREFECT in _servers(project)
+    if own and prefect and prefect.address:
         os.environ["PREFECT_API_URL"] = f"{prefect.address.url}/api"
     from flows.services import deploying
 
-    deploying.check_reachable(os.environ["PREFECT_API_URL"])
-    deploying.make_pools(project)
+    api = os.environ["PREFECT_API_URL"]
+    deploying.check_reachable(api)
+    deploying.make_pools(project, own=own)
+    # Its own one has the same database wherever it listens.
+    state.enter("" if own else without_credentials(api.rstrip("/")))
     started = [
         pool for pool in _pools_to_serve() if _start_worker(project, state, pool, say) is not None
     ]
