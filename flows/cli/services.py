@@ -17,6 +17,10 @@ def up(
     host: Annotated[
         str | None, typer.Option(help="Where both listen; at first 127.0.0.1, for this machine.")
     ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that both are called by as well, of a proxy for example."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Start Prefect, MLflow and a worker in the background, and deploy prefect.yaml.
@@ -28,7 +32,8 @@ def up(
         from flows.services.up import Wanted, bring_up
 
         named = named_servers(project)
-        wanted = Wanted(host, {"prefect": prefect_port, "mlflow": mlflow_port})
+        ports = {"prefect": prefect_port, "mlflow": mlflow_port}
+        wanted = Wanted(host, ports, tuple(name or ()))
         bring_up(project, wanted, say, warn)
         found = find_status(project, named)
         write_json(json_file, found.model_dump(mode="json"))

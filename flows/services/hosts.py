@@ -1,5 +1,6 @@
 """By which names the servers may be called; whoever calls them by another one is refused."""
 
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from ipaddress import ip_address
@@ -7,6 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+
+from plumbline.errors import MachineError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")
@@ -21,7 +24,8 @@ AT_HOME = (b"content-security-policy", b"connect-src 'self'; img-src 'self' data
 """Lets a page call nobody but its own server: Prefect's asks Amplitude how to watch its users, and
 a picture in a text from elsewhere would tell who reads it."""
 
-REFUSAL = b"Refused: this server is not called by that name, or not from that page.\n"
+NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:.]+")
+"""A host as it may be given: a name or an address, no port and no pattern."""
 
 
 def is_loopback(host: str) -> bool:
@@ -32,14 +36,33 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def names_of(host: str) -> tuple[str, ...]:
-    """The names and addresses by which a server that listens at `host` may be called."""
-    names = [*LOOPBACK]
+def names_of(host: str, more: Iterable[str] = ()) -> tuple[str, ...]:
+    """The names and addresses by which a server that listens at `host` may be called.
+
+    Args:
+        host: where it listens.
+        more: names that were given to it, of a proxy for example.
+    """
+    names = [*LOOPBACK, *more]
     if host in EVERYWHERE:
         names += [socket.gethostname(), socket.getfqdn(), *_addresses()]
     else:
         names.append(host)
     return tuple(dict.fromkeys(name.lower() for name in names))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check that names are names of hosts.
+
+    Raises:
+        MachineError: one is not.
+    """
+    for name in names:
+        if not NAME.fullmatch(name.lower()):
+            raise MachineError(
+                f"--name {name}: expected the name or address of a host, without http:// and "
+                "without a port, for example plumbline.example.org"
+            )
 
 
 def in_url(host: str) -> str:
@@ -76,9 +99,16 @@ class Gate:
         elif scope["type"] == "http":
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
             await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": REFUSAL})
+            await send({"type": "http.response.body", "body": self._refusal()})
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    def _refusal(self) -> bytes:
+        return (
+            "Refused: this server is not called by that name, or not from that page.\n"
+            f"Expected one of {', '.join(sorted(self.names))}, in the address and for the page.\n"
+            "Call it by one of these; of Prefect and MLflow, `plumbline up --name HOST` adds one.\n"
+        ).encode()
 
     def _admits(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         given = [*headers]

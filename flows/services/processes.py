@@ -66,6 +66,8 @@ class Service(BaseModel):
     log: str
     address: Address | None = None
     """Of a server."""
+    names: tuple[str, ...] = ()
+    """Of a server: by which it may be called, beside those of its address."""
     api: str | None = None
     """Of the Prefect server that a worker works for."""
 
@@ -140,6 +142,7 @@ def launch(
     cwd: Path,
     env: Mapping[str, str],
     address: Address | None = None,
+    names: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
 ) -> Service:
     """Start a service in a session of its own, so that it outlives this process and its terminal.
@@ -162,7 +165,13 @@ def launch(
             pass_fds=tuple(pass_fds),
         )
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    return Service(process=identity(process.pid), since=since, log=str(log), address=address)
+    return Service(
+        process=identity(process.pid),
+        since=since,
+        log=str(log),
+        address=address,
+        names=tuple(names),
+    )
 
 
 def members(home: Path, name: str | None = None) -> list[psutil.Process]:

@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from flows.environment import database_uri
 from flows.services import prefect_server
 from flows.services.deployment_file import read_deployments
-from flows.services.hosts import in_url, is_loopback, names_of
+from flows.services.hosts import check_names, in_url, is_loopback, names_of
 from flows.services.processes import (
     CHECKPOINT_SECONDS,
     MLFLOW,
@@ -59,6 +59,8 @@ class Wanted(NamedTuple):
     host: str | None = None
     ports: Mapping[str, int | None] = {}
     """Of the servers, by their names."""
+    names: tuple[str, ...] = ()
+    """By which both may be called, beside those of their addresses; none means as before."""
 
 
 def bring_up(project: Project, wanted: Wanted, say: Say, warn: Say) -> None:
@@ -73,6 +75,7 @@ def bring_up(project: Project, wanted: Wanted, say: Say, warn: Say) -> None:
         PlumblineError: Prefect refused a deployment.
     """
     home = project.home
+    check_names(wanted.names)
     read_deployments(project.root)
     with alone(home):
         state = read_state(home)
@@ -86,7 +89,7 @@ def bring_up(project: Project, wanted: Wanted, say: Say, warn: Say) -> None:
         for name, address in to_start.items():
             if not is_loopback(address.host):
                 warn(exposure(name, address))
-        _start_servers(project, state, to_start, say)
+        _start_servers(project, state, to_start, wanted.names, say)
         _go_on_in_prefect(project, state, say)
 
 
@@ -123,6 +126,12 @@ def _address(state: State, name: str, wanted: Wanted) -> Address | None:
     if recorded is None or before is None or not recorded.alive:
         known = before or Address(DEFAULT_HOST, DEFAULT_PORTS[name])
         return Address(host or known.host, port or known.port)
+    if wanted.names and set(wanted.names) != set(recorded.names):
+        names = ", ".join(recorded.names) or "none"
+        raise MachineError(
+            f"{name} runs already, with the names {names}, expected {', '.join(wanted.names)}. "
+            "Run `plumbline down` first."
+        )
     asked = Address(host or before.host, port or before.port)
     if asked != before:
         raise MachineError(
@@ -176,19 +185,22 @@ def _start_servers(
     project: Project,
     state: State,
     to_start: Mapping[str, Address],
+    names: Sequence[str],
     say: Say,
 ) -> None:
     """Start the servers beside each other, and wait until both answer."""
     home = project.home
+    before = state.services
+    names_for = {name: names or (before[name].names if name in before else ()) for name in to_start}
     with ExitStack() as until_open:
         if address := to_start.get(PREFECT):
             say(f"starting Prefect at {address.url} …")
-            _note(home, state, PREFECT, _start_prefect(project, address))
+            _note(home, state, PREFECT, _start_prefect(project, address, names_for[PREFECT]))
         if address := to_start.get(MLFLOW):
             say(f"starting MLflow at {address.url} …")
             if (uri := tracking_uri(project)).startswith("sqlite:///"):
                 until_open.enter_context(opening("mlflow", Path(uri.removeprefix("sqlite:///"))))
-            _note(home, state, MLFLOW, _start_mlflow(project, address))
+            _note(home, state, MLFLOW, _start_mlflow(project, address, names_for[MLFLOW]))
         for name, path in ((MLFLOW, "/health"), (PREFECT, "/api/health")):
             service = state.services.get(name)
             if name in _servers(project) and service and service.address:
@@ -201,22 +213,21 @@ def _note(home: Path, state: State, name: str, service: Service) -> None:
     write_state(home, state)
 
 
-def _start_prefect(project: Project, address: Address) -> Service:
+def _start_prefect(project: Project, address: Address, more: Sequence[str]) -> Service:
     def start(command: list[str], descriptors: tuple[int, ...]) -> Service:
         return launch(
             project.home, PREFECT, command, cwd=project.root, env=prefect_server.WITH_PAGES,
-            address=address, pass_fds=descriptors,
+            address=address, names=more, pass_fds=descriptors,
         )  # fmt: skip
 
     api = f"{address.url}/api"
-    names = names_of(address.host)
+    names = names_of(address.host, more)
     with listen(address, option(PREFECT)) as listener:
         return prefect_server.start_lasting(project.home, listener, api, names, start)
 
 
-def _start_mlflow(project: Project, address: Address) -> Service:
-    names = [in_url(name) for name in names_of(address.host)]
-    places = [f"{name}:{address.port}" for name in names]
+def _start_mlflow(project: Project, address: Address, more: Sequence[str]) -> Service:
+    names = [in_url(name) for name in names_of(address.host, more)]
     artifacts = project.home / "mlartifacts"
     env = {
         # Not on the command line: an address of a database can hold a password.
@@ -231,11 +242,28 @@ def _start_mlflow(project: Project, address: Address) -> Service:
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", address.host, "--port", str(address.port)),
         # Its default takes names that begin like a private address, which anybody can register.
-        *("--allowed-hosts", ",".join([*places, *names])),
-        *("--cors-allowed-origins", ",".join(f"http://{place}" for place in places)),
+        *("--allowed-hosts", ",".join([*names, *(_at_any_port(name) for name in names)])),
+        *("--cors-allowed-origins", ",".join(_origins(names))),
         "--uvicorn-opts=--no-access-log",
     ]
-    return launch(project.home, MLFLOW, command, cwd=project.root, env=env, address=address)
+    return launch(
+        project.home, MLFLOW, command, cwd=project.root, env=env, address=address, names=more
+    )
+
+
+def _at_any_port(name: str) -> str:
+    """A pattern of MLflow's: a port that was forwarded to the server's own has another number."""
+    return f"{name.replace('[', '[[]')}:*"
+
+
+def _origins(names: Sequence[str]) -> list[str]:
+    """The pages that may write, as MLflow matches them; a proxy may speak TLS."""
+    return [
+        f"{scheme}://{place}"
+        for scheme in ("http", "https")
+        for name in names
+        for place in (name, _at_any_port(name))
+    ]
 
 
 def _go_on_in_prefect(project: Project, state: State, say: Say) -> None:

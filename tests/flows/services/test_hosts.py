@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from flows.services.hosts import Gate, is_loopback, names_of
+from flows.services.hosts import Gate, check_names, is_loopback, names_of
+from plumbline.errors import MachineError
 
 NAMES = names_of("127.0.0.1")
 
@@ -61,6 +62,8 @@ def test_foreign_names_and_pages_are_refused(headers):
     start, body = answer(headers)
     assert start["status"] == 403
     assert body["body"].startswith(b"Refused")
+    assert b"Expected one of 127.0.0.1, ::1, localhost" in body["body"]
+    assert b"plumbline up --name HOST" in body["body"]
     assert answer(headers, "websocket") == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -101,6 +104,14 @@ def test_pages_may_call_nobody_else():
 )
 def test_what_only_this_machine_reaches(host, alone):
     assert is_loopback(host) is alone
+
+
+def test_a_name_that_was_given_passes():
+    assert "proxy.example" in names_of("127.0.0.1", ["Proxy.example"])
+    check_names(["proxy.example", "10.0.0.7", "fe80::1"])
+    for bad in ("https://proxy.example", "proxy.example:443", "*", "*.example", "a,b", ""):
+        with pytest.raises(MachineError, match=r"--name .*without a port"):
+            check_names([bad])
 
 
 def test_a_server_is_called_by_where_it_listens():

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
 from flows.services import processes, up
 from flows.services.deployment_file import read_deployments
+from flows.services.hosts import in_url, names_of
 from flows.services.processes import MLFLOW, PREFECT, Address, Service, State
 from flows.services.up import Wanted
 from plumbline.errors import MachineError, ParamsError
@@ -191,6 +193,30 @@ def test_what_runs_elsewhere_than_it_should_is_not_moved(start):
     for wanted in (Wanted(ports={PREFECT: 4200}), Wanted(host="0.0.0.0")):
         with pytest.raises(MachineError, match=r"runs at 127\.0\.0\.1:4321.*plumbline down"):
             up._address(state, PREFECT, wanted)
+
+
+def test_what_runs_under_other_names_is_not_renamed(start):
+    address = Address("127.0.0.1", 4321)
+    state = State(services={PREFECT: start(PREFECT, SLEEP, address=address, names=["a.example"])})
+
+    assert up._address(state, PREFECT, Wanted(names=("a.example",))) is None
+    assert up._address(state, PREFECT, Wanted()) is None
+    with pytest.raises(MachineError, match=r"the names a\.example, expected b\.example.*down"):
+        up._address(state, PREFECT, Wanted(names=("b.example",)))
+
+
+def test_mlflow_takes_its_names_at_any_port_and_no_others():
+    names = [in_url(name) for name in names_of("127.0.0.1", ["proxy.example"])]
+    patterns = [*names, *map(up._at_any_port, names)]
+
+    # A port that ssh forwards has a number of its own.
+    for host in ("localhost:5050", "127.0.0.1:80", "[::1]:5000", "proxy.example", "localhost"):
+        assert is_allowed_host_header(patterns, host)
+    for host in ("evil.example:5000", "localhost.evil.example:5000", "[::2]:5000", ""):
+        assert not is_allowed_host_header(patterns, host)
+    origins = up._origins(names)
+    assert not should_block_cors_request("https://proxy.example", "POST", origins)
+    assert should_block_cors_request("http://evil.example:5000", "POST", origins)
 
 
 def test_what_died_is_started_where_it_was(start):

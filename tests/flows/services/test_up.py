@@ -273,7 +273,7 @@ def test_from_up_to_down(up, tmp_path):
     file = up.project.root / "early.json"
     early = up.project.start("run", "tiny", "--json", str(file))
     wait_for(lambda: any((up.project.home / "locks").glob("*.lock")))
-    said = up.cli("up", *up.options)
+    said = up.cli("up", *up.options, "--name", "proxy.example")
 
     # Everything is there, and says so.
     assert said["up"]
@@ -297,8 +297,11 @@ def test_from_up_to_down(up, tmp_path):
     ):
         assert status_of(url, Host="evil.example") == 403
     assert status_of(f"{up.prefect}/api/health", Origin="http://evil.example") == 403
-    assert status_of(f"{up.prefect}/") == 200
-    assert status_of(f"{up.mlflow}/") == 200
+    for place in (f"{up.prefect}/", f"{up.mlflow}/"):
+        assert status_of(place) == 200
+        # By the name that was given, and through a port that was forwarded.
+        assert status_of(place, Host="proxy.example") == 200
+        assert status_of(place, Host="localhost:5050") == 200
 
     # Bad values are refused at submit; what only the loader sees, in the first second of the run.
     assert "kl_coef" in refused(lambda: up.start(params={"rl": {"kl_coef": -1}}))
@@ -351,6 +354,7 @@ def test_from_up_to_down(up, tmp_path):
     assert after["services"]["prefect"] == said["services"]["prefect"]
     assert after["services"]["worker-local"] == said["services"]["worker-local"]
     assert after["services"]["mlflow"]["url"] == up.mlflow
+    assert status_of(f"{up.mlflow}/", Host="proxy.example") == 200
     assert after["services"]["mlflow"]["pid"] != said["services"]["mlflow"]["pid"]
     names = [
         "align/second", "align/tiny", "data-watch/data-watch", "promote/promote", "sweep/sweep",
