@@ -27,6 +27,8 @@ from plumbline.errors import MachineError
 from plumbline.process import alive, identity, pid_of
 
 PREFECT, MLFLOW = "prefect", "mlflow"
+HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
+"""Where a server says that it is well."""
 WORKER = "worker-"
 """Begins the name of a worker; the name of its work pool follows."""
 
@@ -64,6 +66,7 @@ class Service(BaseModel):
     since: str
     """When it was started, UTC."""
     log: str
+    """HOME/services/NAME.log."""
     address: Address | None = None
     """Of a server."""
     names: tuple[str, ...] = ()
@@ -78,8 +81,18 @@ class Service(BaseModel):
 
     @property
     def alive(self) -> bool:
-        """Whether its main process lives; of another host's it is taken for granted."""
-        return alive(self.process) is not False
+        """Whether its main process lives.
+
+        Of what was started under another name of this host, or in a container that was made anew
+        since, the number says nothing: it lives if its processes are here, or if it answers.
+        """
+        here = alive(self.process)
+        if here is not None:
+            return here
+        log = Path(self.log)
+        if members(log.parents[1], log.stem):
+            return True
+        return self.address is not None and answers(self.address.url + HEALTH[log.stem])
 
 
 class State(BaseModel):

@@ -9,14 +9,22 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.environment import database_uri
-from flows.services.processes import MLFLOW, PREFECT, WORKER, Service, State, answers, read_state
+from flows.services.processes import (
+    HEALTH,
+    MLFLOW,
+    PREFECT,
+    WORKER,
+    Service,
+    State,
+    answers,
+    read_state,
+)
 from plumbline.addresses import without_credentials
 from plumbline.project import Project
 
 Word = Literal["up", "down", "died", "does not answer", "named"]
 COLOURS: dict[Word, str] = {"up": "green", "named": "cyan", "down": "yellow"}
 GOOD = ("up", "named")
-HEALTH = {PREFECT: "/api/health", MLFLOW: "/health"}
 
 
 class ServiceStatus(BaseModel):

@@ -18,6 +18,7 @@ from flows.services.deployment_file import read_deployments
 from flows.services.hosts import check_names, in_url, is_loopback, names_of
 from flows.services.processes import (
     CHECKPOINT_SECONDS,
+    HEALTH,
     MLFLOW,
     PREFECT,
     WORKER,
@@ -201,10 +202,11 @@ def _start_servers(
             if (uri := tracking_uri(project)).startswith("sqlite:///"):
                 until_open.enter_context(opening("mlflow", Path(uri.removeprefix("sqlite:///"))))
             _note(home, state, MLFLOW, _start_mlflow(project, address, names_for[MLFLOW]))
-        for name, path in ((MLFLOW, "/health"), (PREFECT, "/api/health")):
+        for name in (MLFLOW, PREFECT):
             service = state.services.get(name)
             if name in _servers(project) and service and service.address:
-                wait_until_answers(name, service, service.address.url + path, START_SECONDS)
+                url = service.address.url + HEALTH[name]
+                wait_until_answers(name, service, url, START_SECONDS)
 
 
 def _note(home: Path, state: State, name: str, service: Service) -> None:

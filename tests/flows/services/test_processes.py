@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
-from flows.services import processes, up
+from flows.services import processes, status, up
 from flows.services.deployment_file import read_deployments
 from flows.services.hosts import in_url, names_of
 from flows.services.processes import MLFLOW, PREFECT, Address, Service, State
@@ -227,6 +227,34 @@ def test_what_died_is_started_where_it_was(start):
     assert up._address(state, PREFECT, Wanted()) == Address("127.0.0.1", 4321)
     moved = up._address(state, PREFECT, Wanted("::1", {PREFECT: 4322}))
     assert moved == Address("::1", 4322)
+
+
+def renamed(service: Service) -> Service:
+    """As it was recorded before the host had its name, or the container was made anew."""
+    return service.model_copy(update={"process": f"other{service.process}"})
+
+
+def test_after_the_host_was_renamed_what_is_here_lives(start):
+    for name, address in ((PREFECT, Address("127.0.0.1", 9)), ("worker-local", None)):
+        service = renamed(start(name, SLEEP, address=address))
+        wait_until(lambda s=service: s.alive)
+
+        os.kill(service.pid, signal.SIGKILL)
+        wait_until(lambda s=service: not s.alive)
+
+
+def test_in_a_container_that_was_made_anew_what_is_gone_has_died(tmp_path, monkeypatch):
+    log = str(tmp_path / "services" / "mlflow.log")
+    gone = Service(process="other/boot/1/1.0", since="", log=log, address=Address("127.0.0.1", 9))
+    worker = gone.model_copy(update={"address": None, "log": log.replace("mlflow", "worker-gpu")})
+
+    assert not gone.alive
+    assert not worker.alive
+    assert status._word(gone, MLFLOW) == status._word(worker, "worker-gpu") == "died"
+    assert up._address(State(services={MLFLOW: gone}), MLFLOW, Wanted()) == gone.address
+    # On another machine that this one reaches, it answers.
+    monkeypatch.setattr(processes, "answers", lambda url: url == "http://127.0.0.1:9/health")
+    assert gone.alive
 
 
 def test_what_is_left_of_the_dead_is_ended_and_the_living_stay(tmp_path, start):
