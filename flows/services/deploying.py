@@ -23,7 +23,9 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterState,
+    FlowRunFilterStateName,
     FlowRunFilterStateType,
+    Operator,
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.exceptions import ObjectNotFound
@@ -38,6 +40,8 @@ GPU_LIMIT = "gpu"
 """Name of the concurrency limit that lets one step at a time compute on the GPU."""
 PAGE = 200
 UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+WAITING = ["Late", "AwaitingConcurrencySlot", "AwaitingRetry"]
+"""Names of scheduled runs that should be at work: no worker, no place, or a failure before."""
 
 
 class Pool(NamedTuple):
@@ -257,21 +261,29 @@ def _full_name(client: SyncPrefectClient, deployment: Any) -> str:
 
 
 def deployments() -> list[dict[str, Any]]:
-    """The deployments with their pools and schedules."""
+    """The deployments with their pools, whether a worker serves these, and schedules."""
     with get_client(sync_client=True) as client:
+        deployed = _deployments(client)
+        pools = {found.work_pool_name for found in deployed}
+        served = {pool for pool in pools if pool and _has_worker(client, pool)}
         listed = [
             {
                 "name": _full_name(client, found),
                 "pool": found.work_pool_name,
+                "worker": found.work_pool_name in served,
                 "paused": found.paused,
                 "schedules": [
                     {"slug": s.slug, "when": _when(s.schedule), "active": s.active}
                     for s in found.schedules
                 ],
             }
-            for found in _deployments(client)
+            for found in deployed
         ]
     return sorted(listed, key=lambda one: str(one["name"]))
+
+
+def _has_worker(client: SyncPrefectClient, pool: str) -> bool:
+    return any(one.status == "ONLINE" for one in client.read_workers_for_work_pool(pool))
 
 
 def _when(schedule: Any) -> str:
@@ -282,8 +294,11 @@ def _when(schedule: Any) -> str:
 
 
 def runs_under_way() -> list[dict[str, Any]]:
-    """The flow runs that are in progress, the newest first."""
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=UNDER_WAY))
+    """The flow runs that are in progress, or should be, the newest first."""
+    state = FlowRunFilterState(
+        type=FlowRunFilterStateType(any_=UNDER_WAY), name=FlowRunFilterStateName(any_=WAITING)
+    )
+    state.operator = Operator.or_
     with get_client(sync_client=True) as client:
         runs: list[Any] = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=state), limit=PAGE
@@ -298,6 +313,7 @@ def runs_under_way() -> list[dict[str, Any]]:
             "id": str(run.id),
             "name": run.name,
             "state": run.state_name,
+            "waits": run.state_name in WAITING,
             "deployment": names.get(run.deployment_id),
             "since": run.start_time.isoformat() if run.start_time else None,
         }

@@ -45,7 +45,7 @@ class Status(BaseModel):
     services: dict[str, ServiceStatus]
     deployments: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    """Flow runs in progress."""
+    """Flow runs in progress, or that should be."""
 
 
 def running_url(project: Project, name: str) -> str | None:
@@ -153,13 +153,17 @@ def _deployments(found: Status) -> Table:
             words = Text("none", "dim") if schedule is None else Text(schedule["when"])
             on = schedule is not None and schedule["active"] and not one["paused"]
             state = "" if schedule is None else "active" if on else "paused"
-            table.add_row(one["name"], one["pool"], words, Text(state, "green" if on else "dim"))
+            pool = Text(one["pool"] or "none")
+            if one["pool"] and not one["worker"]:
+                pool.append(" (no worker)", "yellow")
+            table.add_row(one["name"], pool, words, Text(state, "green" if on else "dim"))
     return table
 
 
 def _runs(found: Status) -> Table:
     table = Table("run", "state", "deployment", "since", "id", box=None, pad_edge=False)
     for run in found.runs:
+        state = Text(run["state"], "yellow" if run["waits"] else "")
         since = (run["since"] or "")[:19].replace("T", " ")
-        table.add_row(run["name"], run["state"], run["deployment"] or "", since, run["id"])
+        table.add_row(run["name"], state, run["deployment"] or "", since, run["id"])
     return table
