@@ -211,11 +211,14 @@ def deploy(project: Project, before: dict[str, list[str]]) -> dict[str, list[str
                     client.delete_deployment_schedule(deployment.id, schedule.id)
             if name in before and deployment.name not in wanted:
                 client.delete_deployment(deployment.id)
-    _run_prefect_deploy(project)
-    with get_client(sync_client=True) as client:
-        made = {_full_name(client, one): one for one in _deployments(client)}
-        for name in made.keys() & known.keys():
-            _restore_schedules(client, made[name], known[name].schedules)
+    try:
+        _run_prefect_deploy(project)
+    finally:
+        # Also of those that were deployed before it failed.
+        with get_client(sync_client=True) as client:
+            made = {_full_name(client, one): one for one in _deployments(client)}
+            for name in made.keys() & known.keys():
+                _restore_schedules(client, made[name], known[name].schedules)
     return {name: wanted[one.name] for name, one in made.items() if one.name in wanted}
 
 

@@ -79,6 +79,23 @@ def test_runs_that_wait_are_shown_and_pools_that_nobody_serves(client, tmp_path)
     assert deploying.deployments()[0]["worker"]
 
 
+def test_where_deploying_fails_schedules_stay_on(client, tmp_path, monkeypatch):
+    deploying.make_pools(Project(tmp_path, tmp_path), own=True)
+    (tmp_path / "prefect.yaml").write_text("deployments: [{name: tiny}]\n")
+    deployed(client, active=True)
+
+    def stopped(project: Project) -> None:
+        deployed(client, active=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deploying, "_run_prefect_deploy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        deploying.deploy(Project(tmp_path, tmp_path), {})
+
+    ((schedule,),) = [found.schedules for found in client.read_deployments()]
+    assert schedule.active
+
+
 def test_what_is_deployed_in_one_server_counts_for_no_other():
     state = State(deployed="abc", deployments={"align/tiny": []}, automation="def")
 
