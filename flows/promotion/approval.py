@@ -36,7 +36,10 @@ class Decision(RunInput):
     """The form on the page of a flow run that waits."""
 
     promote: bool = Field(
-        title="Promote", description="Let the alias champion name the challenger from now on."
+        False,
+        title="Promote",
+        description="Let the alias champion name the challenger from now on. Off: the champion "
+        "stays.",
     )
     by: str = Field(min_length=1, max_length=100, title="Your name", description="Who decides.")
     note: str = Field("", max_length=1000, title="Note", description="Kept with the version.")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flows.promotion.approval import Approval
+from flows.promotion.approval import Approval, Decision
 from flows.promotion.flow import _asked, judge
 from flows.promotion.matching import Evaluation, Match, followed, scorer_of, why_unfair
 from flows.promotion.summary import Sample, markdown
@@ -103,6 +103,12 @@ def test_the_page_of_a_decision_shows_texts_as_they_are() -> None:
     assert len(re.findall(r"(?<!\\)\|", row)) == 4
     assert not re.search(r"(?<!\\)([\[\]`#!]|<(?!br>))", shown.partition("\n")[2])
     assert {line[:2] for line in shown.splitlines() if line} == {"# ", "Ve", "- ", "| ", "|-"}
+
+
+def test_a_switch_that_nobody_touched_is_a_no() -> None:
+    # The form sends what was touched alone.
+    assert not Decision.model_validate({"by": "Ann"}).promote
+    assert Decision.model_json_schema()["required"] == ["by"]
 
 
 @pytest.mark.parametrize(
