@@ -1,7 +1,9 @@
 """Who meets whom for the alias champion, on which prompts, and who judges."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+from pyarrow import parquet
 from pydantic import ValidationError
 
 from plumbline.errors import PlumblineError
@@ -9,7 +11,7 @@ from plumbline.evaluation.scores import Interval
 from plumbline.params.schema import EvaluateParams, SamplingParams, StepName
 from plumbline.project import Project
 from plumbline.refs import DataRef, ModelRef, PreparedData, StepResult
-from tasks import past_runs
+from tasks import past_runs, tracking
 from tasks.past_runs import PastRun
 from tasks.records import damage, read_result
 from tasks.registry import CHAMPION, Version, find_version, need_version
@@ -101,7 +103,7 @@ def find_match(project: Project, challenger: str) -> Match | Settled:
     else:
         earlier = past_runs.find_run(champion.run_id)
         unfair = why_unfair(evaluation.scorer, run, earlier)
-        notes += _differences(run, earlier)
+        notes += [*_differences(run, earlier), *_trained_on(project, run, earlier, evaluation)]
     recorded = _recorded(project, run, evaluation.scorer)
     return Match(found, champion, evaluation, recorded, run, unfair, notes)
 
@@ -223,6 +225,44 @@ def _result(project: Project, run: PastRun, step: StepName) -> StepResult:
 def _again(run: PastRun) -> str:
     name = run.tags.get("plumbline.experiment", "EXPERIMENT")
     return f"Run it again: plumbline run {name} --record."
+
+
+def _trained_on(
+    project: Project, challenger: PastRun, champion: PastRun | None, evaluation: Evaluation
+) -> list[str]:
+    """What to say where the champion was trained on prompts that the challenger's run held out."""
+    runs = [run.steps.get("prepare_data") for run in (challenger, champion) if run]
+    if champion is None or len({step.digest if step else None for step in runs}) == 1:
+        return []
+    try:
+        theirs = _result(project, champion, "prepare_data")
+    except PlumblineError:
+        return [
+            "What the champion's run prepared is gone, so it is not known whether it was trained "
+            "on some of the prompts."
+        ]
+    assert isinstance(theirs, PreparedData)
+    asked = _prompt_ids(evaluation.prompts)[: evaluation.params.max_prompts]
+    seen = trained_prompts(asked, theirs)
+    if not seen:
+        return []
+    return [
+        f"The champion was trained on {seen} of the {len(asked)} prompts, which only the "
+        "challenger's run held out; its answers to these may be better than to new ones."
+    ]
+
+
+def trained_prompts(asked: Sequence[str], prepared: PreparedData) -> int:
+    """How many prompts, by their ids, a run could train on."""
+    tables = (prepared.demonstrations, prepared.preferences, prepared.prompts, prepared.ratings)
+    trained = {one for table in tables if table for one in _prompt_ids(table.train)}
+    return sum(one in trained for one in asked)
+
+
+def _prompt_ids(rows: DataRef) -> list[str]:
+    read = parquet.read_table(tracking.open_uri(rows.uri), columns=["prompt_id"])
+    ids: list[str] = read["prompt_id"].to_pylist()
+    return ids
 
 
 def _differences(challenger: PastRun, champion: PastRun | None) -> list[str]:

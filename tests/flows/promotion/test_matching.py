@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from flows.promotion import matching
 from flows.promotion.approval import Approval, Decision
 from flows.promotion.flow import _asked, judge
 from flows.promotion.matching import Evaluation, Match, followed, scorer_of, why_unfair
 from flows.promotion.summary import Sample, markdown
 from plumbline.evaluation.scores import Interval
 from plumbline.params.schema import EvaluateParams, SamplingParams
-from plumbline.refs import DataRef, ModelRef
+from plumbline.project import Project
+from plumbline.refs import DataRef, ModelRef, PreparedData, SplitRef
 from tasks.past_runs import PastRun, PastStep
 from tasks.registry import Version, full_name
 
@@ -68,6 +72,39 @@ def test_a_reward_model_of_unknown_content_is_nobodys() -> None:
     gone = run("one")._replace(steps={"reward_model": PastStep("s", None, None)})
     assert followed(gone) == "unknown"
     assert why_unfair("reward model", gone, run("one")) is not None
+
+
+def test_prompts_that_the_champion_was_trained_on_are_counted(tmp_path, monkeypatch) -> None:
+    def rows(name: str, *ids: str) -> DataRef:
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table({"prompt": ids, "prompt_id": ids}), path)
+        return DataRef(digest=name, uri=path.as_uri(), rows=len(ids))
+
+    def split(name: str, train: str, test: str) -> SplitRef:
+        return SplitRef(train=rows(f"{name}-train", *train), test=rows(f"{name}-test", *test))
+
+    theirs = PreparedData(
+        digest="theirs", uri="", mlflow_run_id="r",
+        demonstrations=split("demonstrations", "ax", "b"),
+        preferences=split("preferences", "cx", "b"), prompts=split("prompts", "cy", "bd"),
+    )  # fmt: skip
+    asked = match(Interval(0.7, 0.6, 0.8)).evaluation
+    # The last one is not asked.
+    asked = asked._replace(prompts=rows("ours", *"abcdy"), params=EvaluateParams(max_prompts=4))
+    ours, champion = (
+        run("one")._replace(steps={"prepare_data": PastStep("s", "k", digest)})
+        for digest in ("ours", "theirs")
+    )
+    project = Project(tmp_path, tmp_path)
+    monkeypatch.setattr(matching, "_result", lambda *asked: theirs)
+
+    (said,) = matching._trained_on(project, ours, champion, asked)
+
+    assert said.startswith("The champion was trained on 2 of the 4 prompts, which only the ")
+    assert matching._trained_on(project, ours, ours, asked) == []
+    monkeypatch.undo()
+    (said,) = matching._trained_on(project, ours, champion, asked)
+    assert "is gone, so it is not known" in said
 
 
 def test_a_recorded_win_rate_decides_where_there_is_no_champion() -> None:
