@@ -51,7 +51,10 @@ def open_remote_chat(
             "seed": (seed + asked) % 2**63,
         }
         asked += 1
-        said = _post(f"{url}/invocations", body)
+        try:
+            said = _post(f"{url}/invocations", body)
+        except _Refused as refusal:
+            return f"({refusal})"
         try:
             return str(said["choices"][0]["message"]["content"])
         except (KeyError, IndexError, TypeError):
@@ -61,6 +64,18 @@ def open_remote_chat(
             ) from None
 
     return answer
+
+
+class _Refused(Exception):
+    """The server does not take this request: the next one may do."""
+
+
+def _message(said: str) -> str:
+    """What MLflow's server says of a request that it refuses."""
+    try:
+        return str(json.loads(said)["message"])
+    except (ValueError, KeyError, TypeError):
+        return said
 
 
 def _wait_for_model(url: str, say: Callable[[str], None]) -> None:
@@ -118,6 +133,8 @@ def _post(url: str, body: Any) -> Any:
             return json.loads(answer.read())
     except HTTPError as error:
         said = error.read(2000).decode(errors="replace")
+        if error.code == 400:
+            raise _Refused(_message(said)) from None
         raise MachineError(f"{url}: expected an answer, got status {error.code}: {said}") from None
     except (URLError, HTTPException, OSError, ValueError) as error:
         raise MachineError(

@@ -118,3 +118,12 @@ def test_waiting_has_an_end(serve, monkeypatch, how, words):
     monkeypatch.setattr(remote_chat, "PATIENCE", 0.1)
     with serve(**how) as url, pytest.raises(MachineError, match=rf"{words}.*`plumbline serve`"):
         talk(url, [])
+
+
+def test_a_request_that_is_refused_does_not_end_the_chat(serve):
+    refusal = {"error_code": "INVALID_PARAMETER_VALUE", "message": "The model's context is 160."}
+    for status, body, said in ((400, refusal, refusal["message"]), (400, [1], "[1]")):
+        with serve(answer=(status, body)) as url:
+            assert talk(url, []) == f"({said})"
+    with serve(answer=(500, {})) as url, pytest.raises(MachineError, match="got status 500"):
+        talk(url, [])
