@@ -35,6 +35,8 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    model: str | None = None
+    """Clients made for OpenAI's server always send one; it has to be the one that is served."""
     messages: list[Message] = Field(min_length=1)
     temperature: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1)
@@ -85,6 +87,11 @@ class ChatModel:
             raise MlflowException.invalid_parameter_value(f"{error} {EXPECTED}") from None
 
     def _chat(self, request: ChatRequest) -> dict[str, Any]:
+        if request.model not in (None, self.called):
+            raise DataError(
+                f"model: expected {self.called}, which is served, got {request.model}; leave it "
+                "out, or serve that one."
+            )
         with self._alone:
             reply = self.talker.reply(
                 [message.model_dump() for message in request.messages],

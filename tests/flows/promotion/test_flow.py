@@ -295,7 +295,8 @@ def check_answers(url: str) -> None:
     assert choice["finish_reason"] in ("stop", "length")
     # The end token ends an answer and is not in it.
     assert not re.search(r"<\|\w+\|>", choice["message"]["content"])
-    assert post(f"{url}/invocations", body)["choices"] == said["choices"]
+    named = {**body, "model": said["model"]}
+    assert post(f"{url}/invocations", named)["choices"] == said["choices"]
     assert post(f"{url}/invocations", {**body, "seed": 8})["choices"] != said["choices"]
     texts = post(f"{url}/invocations", {"inputs": ["Where does the river end?", "Why?"]})
     assert [type(text) for text in texts["predictions"]] == [str, str]
@@ -307,6 +308,8 @@ def check_refusals(project: SmallProject, url: str, port: int) -> None:
     turns = [{"role": "user", "content": "Why?"}]
     for body, words in (
         ({"messages": turns, "top_p": 0.5}, "top_p: Extra inputs are not permitted"),
+        ({"messages": turns, "model": "gpt-4"}, f"model: expected {MODEL}/"),
+        ({"messages": turns, "model": "gpt-4"}, "which is served, got gpt-4; leave it out"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": turns, "temperature": 0}, "temperature: Input should be greater than 0"),
         ({"messages": [{"role": "user", "content": "a " * 400}]}, "the model's context of 160"),
