@@ -64,14 +64,18 @@ def write_report(
     folder = Path(summary.report)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    for result in results.values():
-        for name, uri in result.figures.items():
-            if name in PICTURES:
-                shutil.copyfile(tracking.open_uri(uri), aside / name)
-    report = markdown(summary, results, origin, pages)
-    (aside / "summary.json").write_text(summary.model_dump_json(indent=1) + "\n")
-    (aside / "report.md").write_text(report, encoding="utf-8")
-    aside.rename(folder)
+    try:
+        for result in results.values():
+            for name, uri in result.figures.items():
+                if name in PICTURES:
+                    shutil.copyfile(tracking.open_uri(uri), aside / name)
+        report = markdown(summary, results, origin, pages)
+        (aside / "summary.json").write_text(summary.model_dump_json(indent=1) + "\n")
+        (aside / "report.md").write_text(report, encoding="utf-8")
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     for path in sorted(folder.iterdir()):
         tracking.log_file(summary.mlflow_run_id, path)
     # On the pipeline's own run, so that MLflow lays the answers of several runs side by side.

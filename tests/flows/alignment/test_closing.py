@@ -7,11 +7,12 @@ import pytest
 from rich.console import Console
 
 from flows.alignment.closing import show_summary, ui_commands
-from flows.alignment.reports import Origin, markdown
+from flows.alignment.reports import Origin, markdown, write_report
 from flows.alignment.summary import RunSummary, StepSummary
 from flows.services.pages import MlflowPages
 from plumbline.params.schema import Experiment, steps_of
 from plumbline.project import Project
+from plumbline.refs import StepResult
 
 STEPS = steps_of(Experiment())
 
@@ -94,3 +95,18 @@ def test_a_line_break_or_bar_in_an_answer_does_not_break_the_report(tmp_path):
     assert lines[0] == "**One \\| two<br>three**"
     assert lines[1] == "- *SFT, score 0.25*: One \\| two<br>three"
     assert len(lines) == 3
+
+
+def test_a_report_that_can_not_be_written_leaves_nothing(tmp_path):
+    reported = summary(tmp_path).model_copy(update={"report": str(tmp_path / "reports" / "r")})
+    made = StepResult(
+        digest="d", uri="", mlflow_run_id="r", figures={"curves.png": f"{tmp_path}/gone.png"}
+    )
+
+    with pytest.raises(FileNotFoundError):
+        write_report(
+            Project(tmp_path, tmp_path), reported, {"rl": made}, Origin("n", {}, {}),
+            MlflowPages("http://127.0.0.1:5000", up=True, experiment_id="1"),
+        )  # fmt: skip
+
+    assert list((tmp_path / "reports").iterdir()) == []
