@@ -41,9 +41,10 @@ def prepare_environment(project: Project) -> None:
 def _hide_credentials() -> None:
     """Take user and password of a server out of its address, which MLflow puts into messages."""
     parts = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
-    if parts.scheme in ("http", "https") and parts.username:
-        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    if parts.scheme in ("http", "https") and "@" in parts.netloc:
+        for name, value in (("USERNAME", parts.username), ("PASSWORD", parts.password)):
+            if value:
+                os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value)
         where = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         os.environ["MLFLOW_TRACKING_URI"] = where.geturl()
 
