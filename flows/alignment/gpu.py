@@ -30,6 +30,7 @@ def gpu_slot(step: StepName, fresh: bool) -> Iterator[None]:
     if not fresh or step not in COMPUTING or is_own() or training_device().type != "cuda":
         yield
         return
-    # What fails while the slot is renewed must not end a training of hours.
+    # What fails while this slot is renewed must not end a training of hours. That of a deployment's
+    # run limit is the engine's to renew, and there it does (ADR 0016).
     with concurrency(GPU_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
         yield
