@@ -270,7 +270,7 @@ def test_an_import_that_happens_late_counts(tree):
 
 
 def test_what_a_package_imports_counts_for_its_modules(tree):
-    append(tree.path("plumbline.losses"), "\nimport plumbline.evaluation.style\n")
+    append(tree.path("plumbline.losses"), "\nimport plumbline.errors\n")
 
     touched = tree.edited_by(lambda: append(tree.path("plumbline.evaluation.style")))
 
@@ -407,7 +407,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     files = {
         "my_rewards.py": "import json\nimport my_words\nfrom my_lib import lists\n",
         "my_words.py": "def f():\n    from my_late import g\n",
-        "my_late.py": "import plumbline.evaluation.style\n",
+        "my_late.py": "import plumbline.errors\n",
         "my_lib/__init__.py": "from . import base\n",
         "my_lib/base.py": "",
         "my_lib/lists.py": "import torch\nfrom .base import x\n",
@@ -430,7 +430,7 @@ def test_a_function_outside_counts_with_what_it_imports(outside):
     assert set(code) - inside == {
         "my_rewards", "my_words", "my_late", "my_lib", "my_lib.base", "my_lib.lists",
     }  # fmt: skip
-    assert "plumbline.evaluation.style" in inside
+    assert "plumbline.errors" in inside
     assert code["my_late"] == hashlib.sha256((outside / "my_late.py").read_bytes()).hexdigest()
     assert not {"my_rewards", "my_lib"} & sys.modules.keys()
 
