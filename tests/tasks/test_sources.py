@@ -270,7 +270,7 @@ def test_an_import_that_happens_late_counts(tree):
 
 
 def test_what_a_package_imports_counts_for_its_modules(tree):
-    append(tree.path("plumbline.losses"), "\nimport plumbline.errors\n")
+    append(tree.path("plumbline.losses"), "\nimport plumbline.evaluation.style\n")
 
     touched = tree.edited_by(lambda: append(tree.path("plumbline.evaluation.style")))
 
