@@ -59,7 +59,8 @@ REST: dict[str, tuple[str, ...]] = {
     "flows.services.prefect_server": ("join_server", "wait_for_server"),
     "flows.alignment.flow": (),
     "flows.alignment.reports": ("write_report",),
-    "tasks.model_store": ("log_model", "register_model"),
+    "tasks.model_store": ("log_model",),
+    "tasks.registry": ("register_model",),
     "tasks.pictures": ("publish_image",),
     "tasks.tracking": ("start_pipeline",),
 }

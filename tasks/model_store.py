@@ -1,4 +1,4 @@
-"""Models in MLflow: their weights written once, and the registry's versions of them."""
+"""Models in MLflow: their weights written once, and the folders they are read from."""
 
 import contextlib
 import json
@@ -19,20 +19,15 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, Schema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumbline.addresses import without_credentials
 from plumbline.artifacts import new_folder, write_manifest
 from plumbline.errors import ParamsError, TrainingError
 from plumbline.models.load import load_lm
-from plumbline.project import find_project
 from plumbline.refs import ModelRef
 from plumbline.training.lora import load_merged, save_adapter
-from tasks.experiments import experiment_name, is_own_store, store_uri
 from tasks.records import ADAPTED, content_digest, local_path
 from tasks.tracking import StepRun, client, open_uri
 from tasks.tracking import point_alias as point_alias
 
-PROJECT_TAG = "plumbline.project"
-"""Of a registered model: the project that made it."""
 ADAPTER_LOADER = "tasks.adapter_loader"
 """The module by which MLflow loads an adapter."""
 
@@ -126,52 +121,6 @@ def _log(
         figure_digests=tracked.figure_digests,
         seconds=tracked.seconds,
     )
-
-
-def register_model(
-    name: str, model: ModelRef, tags: Mapping[str, str], description: str = ""
-) -> str:
-    """Make a version of a registered model from a logged model; returns the version's number."""
-    with contextlib.suppress(MlflowException):
-        client().create_registered_model(name, {PROJECT_TAG: experiment_name()})
-    made = client().create_model_version(
-        name,
-        source=f"models:/{model.mlflow_model_id}",
-        run_id=model.mlflow_run_id,
-        model_id=model.mlflow_model_id,
-        tags=dict(tags),
-        description=description,
-    )
-    return str(made.version)
-
-
-def check_owner(name: str) -> None:
-    """Check that a registered model is no other project's, on a server that others may use.
-
-    Raises:
-        ParamsError: it is.
-    """
-    if is_own_store(find_project().home):
-        return
-    owner = None
-    # There is none yet.
-    with contextlib.suppress(MlflowException):
-        owner = client().get_registered_model(name).tags.get(PROJECT_TAG)
-    if owner not in (None, experiment_name()):
-        raise ParamsError(
-            f"registry.name: expected a registered model of this project ({experiment_name()}), "
-            f"got {name}, which on {without_credentials(store_uri())} is the project {owner}'s: "
-            "versions and aliases of both would mix. Set registry.name to another name, or, if it "
-            f"is the same project in another folder, MLFLOW_EXPERIMENT_NAME={owner}."
-        )
-
-
-def version_exists(name: str, version_number: str) -> bool:
-    """Whether the registry has this version of the model."""
-    try:
-        return client().get_model_version(name, version_number) is not None
-    except MlflowException:
-        return False
 
 
 def registered_folder(name: str) -> Path:

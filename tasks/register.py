@@ -9,6 +9,7 @@ from plumbline.params.schema import RegistryParams
 from plumbline.refs import EvaluationRef, ModelRef, RegistrationRef
 from tasks import model_store, tracking
 from tasks.caching import step_options
+from tasks.registry import register_model
 
 SCORES = {
     "eval/win_rate": "win rate over SFT by the reward model",
@@ -55,7 +56,7 @@ def register(
             **scores_as_tags(evaluation.metrics),
         }
         words = describe(run.name, origin, evaluation.metrics)
-        version = model_store.register_model(params.name, policy, tags, words)
+        version = register_model(params.name, policy, tags, words)
         return RegistrationRef(
             digest=policy.digest,
             uri=policy.uri,

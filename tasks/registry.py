@@ -1,13 +1,20 @@
-"""Versions of registered models: which one a name means, what made it, and their aliases."""
+"""Registered models: whose they are, their versions, and which one a name means."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from mlflow.exceptions import MlflowException
 
+from plumbline.addresses import without_credentials
 from plumbline.errors import ParamsError, PlumblineError
+from plumbline.project import find_project
 from plumbline.refs import ModelRef
+from tasks.experiments import experiment_name, is_own_store, store_uri
 from tasks.mlflow_client import client
+
+PROJECT_TAG = "plumbline.project"
+"""Of a registered model: the project that made it."""
 
 MODEL = "plumbline-policy"
 """The registered model that is meant where none is named."""
@@ -31,6 +38,52 @@ class Version(NamedTuple):
     def run_id(self) -> str:
         """The pipeline's run that registered it; empty where it was not one of this project's."""
         return self.tags.get("plumbline.run_id", "")
+
+
+def register_model(
+    name: str, model: ModelRef, tags: Mapping[str, str], description: str = ""
+) -> str:
+    """Make a version of a registered model from a logged model; returns the version's number."""
+    with contextlib.suppress(MlflowException):
+        client().create_registered_model(name, {PROJECT_TAG: experiment_name()})
+    made = client().create_model_version(
+        name,
+        source=f"models:/{model.mlflow_model_id}",
+        run_id=model.mlflow_run_id,
+        model_id=model.mlflow_model_id,
+        tags=dict(tags),
+        description=description,
+    )
+    return str(made.version)
+
+
+def check_owner(name: str) -> None:
+    """Check that a registered model is no other project's, on a server that others may use.
+
+    Raises:
+        ParamsError: it is.
+    """
+    if is_own_store(find_project().home):
+        return
+    owner = None
+    # There is none yet.
+    with contextlib.suppress(MlflowException):
+        owner = client().get_registered_model(name).tags.get(PROJECT_TAG)
+    if owner not in (None, experiment_name()):
+        raise ParamsError(
+            f"registry.name: expected a registered model of this project ({experiment_name()}), "
+            f"got {name}, which on {without_credentials(store_uri())} is the project {owner}'s: "
+            "versions and aliases of both would mix. Set registry.name to another name, or, if it "
+            f"is the same project in another folder, MLFLOW_EXPERIMENT_NAME={owner}."
+        )
+
+
+def version_exists(name: str, version_number: str) -> bool:
+    """Whether the registry has this version of the model."""
+    try:
+        return client().get_model_version(name, version_number) is not None
+    except MlflowException:
+        return False
 
 
 def full_name(text: str) -> str:

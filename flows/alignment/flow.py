@@ -28,7 +28,7 @@ from plumbline.params.schema import StepName
 from plumbline.project import Project, find_project, make_home
 from plumbline.refs import DataVersion, RegistrationRef, StepResult
 from plumbline.training.memory import release_memory
-from tasks import model_store, tracking
+from tasks import registry, tracking
 from tasks.aliases import move_alias, note_version
 from tasks.base_model import base_model
 from tasks.bookkeeping import close_dead_runs
@@ -91,7 +91,7 @@ def align(
     check_files(loaded.experiment, data.files)
     if place := place_in_sweep():
         place.check(loaded.experiment, data)
-    model_store.check_owner(loaded.experiment.registry.name)
+    registry.check_owner(loaded.experiment.registry.name)
 
     close_dead_runs(project.home)
     run, origin = _open_run(project, loaded, data)
@@ -240,7 +240,7 @@ def _say_waiting(step: StepName, holder: str) -> None:
 
 def _warn_if_damaged(step: StepName, result: StepResult, digests: DigestCache) -> bool:
     why = damage(result, digests)
-    if isinstance(result, RegistrationRef) and not model_store.version_exists(
+    if isinstance(result, RegistrationRef) and not registry.version_exists(
         result.name, result.version
     ):
         why = f"version {result.version} of {result.name} is gone from the registry"

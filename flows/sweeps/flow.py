@@ -36,7 +36,7 @@ from plumbline.evaluation.sweep_frontier import sweep_frontier
 from plumbline.params.loader import flatten
 from plumbline.params.sweep import LoadedSweep, Point, load_sweep
 from plumbline.project import Project, find_project, make_home
-from tasks import model_store, tracking
+from tasks import registry, tracking
 from tasks.aliases import move_alias, note_version
 from tasks.bookkeeping import close_dead_runs
 from tasks.data_version import git_state
@@ -81,7 +81,7 @@ def sweep(
     data = verified_data(project, loaded, allow_dirty=allow_dirty)
     check_points(project, loaded)
     for registered in dict.fromkeys(point.experiment.registry.name for point in loaded.points):
-        model_store.check_owner(registered)
+        registry.check_owner(registered)
     close_dead_runs(project.home)
     flow_run_id = str(runtime.flow_run.id)
     run_name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}-{flow_run_id[:4]}"

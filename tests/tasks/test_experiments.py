@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from plumbline.errors import MachineError, ParamsError
-from tasks import inventory, model_store, past_runs, tracking
+from tasks import inventory, past_runs, registry, tracking
 from tasks.experiments import experiment_name, view_tag
 
 Enter = Callable[[str], Path]
@@ -97,16 +97,16 @@ def test_another_project_s_registered_model_is_refused(
     enter: Enter, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter("one")
-    model_store.check_owner("policy")
-    MlflowClient().create_registered_model("policy", {model_store.PROJECT_TAG: "one"})
-    model_store.check_owner("policy")
+    registry.check_owner("policy")
+    MlflowClient().create_registered_model("policy", {registry.PROJECT_TAG: "one"})
+    registry.check_owner("policy")
 
     enter("two")
     with pytest.raises(ParamsError, match=r"registry\.name: .* this project \(two\), got policy"):
-        model_store.check_owner("policy")
-    model_store.check_owner("another")
+        registry.check_owner("policy")
+    registry.check_owner("another")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "one")
-    model_store.check_owner("policy")
+    registry.check_owner("policy")
 
 
 def test_an_experiment_has_the_view_that_pages_link_to(enter: Enter, shared: None) -> None:

@@ -1,4 +1,4 @@
-"""Giving memory back, and what to do when a GPU's is full."""
+"""Taking less memory, giving it back, and what to do when a GPU's is full."""
 
 import ctypes
 import gc
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
 
@@ -23,6 +25,30 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def checkpointing(*networks: nn.Module) -> Iterator[None]:
+    """Recompute activations in the backward pass, in all transformers inside `networks`."""
+    transformers = [
+        module
+        for network in networks
+        for module in network.modules()
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing
+    ]
+    modes = [transformer.training for transformer in transformers]
+    for transformer in transformers:
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
+        # It acts in training mode only; dropout is off either way.
+        transformer.train()
+    try:
+        yield
+    finally:
+        for transformer, mode in zip(transformers, modes, strict=True):
+            transformer.activation_checkpointing_disable()
+            # Enabling hooks into the embeddings, and disabling forgets about it without adapters.
+            transformer.disable_input_require_grads()
+            transformer.train(mode)
 
 
 def training_ways(

@@ -30,7 +30,7 @@ from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
-from plumbline.training.memory import memory_advice, training_ways
+from plumbline.training.memory import checkpointing, memory_advice, training_ways
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.perf import matmul_rate
 from plumbline.training.policy_update import Setting, trunk_values, update
@@ -38,7 +38,6 @@ from plumbline.training.precision import autocast
 from plumbline.training.reporting import Log, Progress, Warn
 from plumbline.training.rl_state import RLState, Rollout
 from plumbline.training.rl_work import sampling_work, scoring_work
-from plumbline.training.supervised import checkpointing
 
 
 def train_rl(

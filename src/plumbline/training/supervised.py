@@ -2,18 +2,18 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from plumbline.data.batches import micro_batches
 from plumbline.params.schema import SupervisedParams
 from plumbline.training.checkpoint import Checkpoints
-from plumbline.training.memory import memory_advice, training_ways
+from plumbline.training.memory import checkpointing, memory_advice, training_ways
 from plumbline.training.perf import Cost, Pace, Work, matmul_rate
 from plumbline.training.precision import Precision
 from plumbline.training.reporting import Log, Progress
@@ -140,27 +140,3 @@ def fit(
 def _elements(batch: Mapping[str, Tensor]) -> int:
     """Tokens of a padded micro-batch."""
     return max(tensor.numel() for tensor in batch.values())
-
-
-@contextmanager
-def checkpointing(*networks: nn.Module) -> Iterator[None]:
-    """Recompute activations in the backward pass, in all transformers inside `networks`."""
-    transformers = [
-        module
-        for network in networks
-        for module in network.modules()
-        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing
-    ]
-    modes = [transformer.training for transformer in transformers]
-    for transformer in transformers:
-        transformer.activation_checkpointing_enable({"use_reentrant": False})
-        # It acts in training mode only; dropout is off either way.
-        transformer.train()
-    try:
-        yield
-    finally:
-        for transformer, mode in zip(transformers, modes, strict=True):
-            transformer.activation_checkpointing_disable()
-            # Enabling hooks into the embeddings, and disabling forgets about it without adapters.
-            transformer.disable_input_require_grads()
-            transformer.train(mode)

@@ -29,7 +29,7 @@ from plumbline.models.states import last_states, states_before, token_stats
 from plumbline.params.schema import LoraParams
 from plumbline.rollout.generate import sample_responses
 from plumbline.training.lora import add_adapter
-from plumbline.training.supervised import checkpointing
+from plumbline.training.memory import checkpointing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

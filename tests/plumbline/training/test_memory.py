@@ -1,13 +1,16 @@
 """Tests of plumbline.training.memory."""
 
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
-from plumbline.training.memory import memory_advice, release_memory
+from plumbline.training.memory import checkpointing, memory_advice, release_memory
 
 MIB = 2**20
 
@@ -37,3 +40,53 @@ def test_only_a_full_memory_is_advised_on():
         raise torch.OutOfMemoryError("full")
     with pytest.raises(ZeroDivisionError), memory_advice("rl", []):
         raise ZeroDivisionError
+
+
+def test_checkpointing_recomputes_only_inside_its_context(
+    lm: PreTrainedModel, scorer: PreTrainedModel
+) -> None:
+    wrapped = nn.ModuleDict({"inside": lm})
+    scorer.train()
+    ids = torch.tensor([[5, 6, 7]])
+    forwards: list[str] = []
+    for name, model in (("lm", lm), ("scorer", scorer)):
+        layer = model.transformer.h[0].ln_1
+        layer.register_forward_hook(lambda *_, name=name: forwards.append(name))
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        forwards.clear()
+        lm.zero_grad()
+        scorer.zero_grad()
+        (lm(ids).logits.sum() + scorer(ids).logits.sum()).backward()
+        return lm.transformer.wte.weight.grad.clone(), scorer.transformer.wte.weight.grad.clone()
+
+    expected = gradient()
+    assert sorted(forwards) == ["lm", "scorer"]
+    with checkpointing(wrapped, scorer):
+        for mine, whole in zip(gradient(), expected, strict=True):
+            torch.testing.assert_close(mine, whole, atol=1e-6, rtol=1e-6)
+        assert sorted(forwards) == ["lm", "lm", "scorer", "scorer"]
+    for mine, whole in zip(gradient(), expected, strict=True):
+        assert torch.equal(mine, whole)
+    assert sorted(forwards) == ["lm", "scorer"]
+
+
+def test_checkpointing_leaves_models_as_they_were(
+    lm: PreTrainedModel, scorer: PreTrainedModel
+) -> None:
+    scorer.train()
+    for failing in (False, True):
+        with suppress(KeyError), checkpointing(lm, scorer):
+            assert lm.is_gradient_checkpointing
+            assert all(module.training for module in lm.modules())
+            if failing:
+                raise KeyError
+        for model, training in ((lm, False), (scorer, True)):
+            assert not model.is_gradient_checkpointing
+            assert all(module.training == training for module in model.modules())
+            assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_checkpointing_of_what_is_no_transformer_changes_nothing() -> None:
+    with checkpointing(nn.Linear(1, 1)):
+        pass

@@ -3,18 +3,16 @@
 import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from plumbline.errors import TrainingError
 from plumbline.params.schema import SupervisedParams
-from plumbline.training.supervised import checkpointing, fit
+from plumbline.training.supervised import fit
 
 Metrics = Mapping[str, float]
 
@@ -226,53 +224,3 @@ def test_matrix_products_have_the_width_asked_for(precision: Any, width: torch.d
     assert set(seen) == {model.weight.dtype} == {torch.float32}
     # Narrow products still lead to the right weight, to more digits than bf16 has.
     assert model.weight.item() == pytest.approx(2, abs=0.02)
-
-
-def test_checkpointing_recomputes_only_inside_its_context(
-    lm: PreTrainedModel, scorer: PreTrainedModel
-) -> None:
-    wrapped = nn.ModuleDict({"inside": lm})
-    scorer.train()
-    ids = torch.tensor([[5, 6, 7]])
-    forwards: list[str] = []
-    for name, model in (("lm", lm), ("scorer", scorer)):
-        layer = model.transformer.h[0].ln_1
-        layer.register_forward_hook(lambda *_, name=name: forwards.append(name))
-
-    def gradient() -> tuple[Tensor, Tensor]:
-        forwards.clear()
-        lm.zero_grad()
-        scorer.zero_grad()
-        (lm(ids).logits.sum() + scorer(ids).logits.sum()).backward()
-        return lm.transformer.wte.weight.grad.clone(), scorer.transformer.wte.weight.grad.clone()
-
-    expected = gradient()
-    assert sorted(forwards) == ["lm", "scorer"]
-    with checkpointing(wrapped, scorer):
-        for mine, whole in zip(gradient(), expected, strict=True):
-            torch.testing.assert_close(mine, whole, atol=1e-6, rtol=1e-6)
-        assert sorted(forwards) == ["lm", "lm", "scorer", "scorer"]
-    for mine, whole in zip(gradient(), expected, strict=True):
-        assert torch.equal(mine, whole)
-    assert sorted(forwards) == ["lm", "scorer"]
-
-
-def test_checkpointing_leaves_models_as_they_were(
-    lm: PreTrainedModel, scorer: PreTrainedModel
-) -> None:
-    scorer.train()
-    for failing in (False, True):
-        with suppress(KeyError), checkpointing(lm, scorer):
-            assert lm.is_gradient_checkpointing
-            assert all(module.training for module in lm.modules())
-            if failing:
-                raise KeyError
-        for model, training in ((lm, False), (scorer, True)):
-            assert not model.is_gradient_checkpointing
-            assert all(module.training == training for module in model.modules())
-            assert not model.get_input_embeddings()._forward_hooks
-
-
-def test_checkpointing_of_what_is_no_transformer_changes_nothing() -> None:
-    with checkpointing(Line()):
-        pass
