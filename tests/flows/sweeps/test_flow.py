@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -384,3 +386,11 @@ def test_the_last_words_of_a_log_are_its_error(tmp_path, log, words):
 
     assert last_words(tmp_path / "log") == words
     assert last_words(tmp_path / "none") == ""
+
+
+def test_what_leads_a_sweep_imports_no_torch():
+    # Its points import it at the same time, and there may be two cores.
+    code = "import sys, flows.sweeps.flow; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.strip() == "set()", done.stderr

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -777,3 +778,11 @@ def test_nobody_has_to_listen(
         models, prompts, encoder, make_setting(episodes=8), seed=0, log=ignore_metrics,
         progress=ignore_progress, warn=ignore_warnings,
     )  # fmt: skip
+
+
+def test_the_loop_needs_no_library_of_data_sets() -> None:
+    # They would take 80 MB of memory.
+    code = "import sys, plumbline.training.rl; print({'datasets', 'pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.strip() == "set()", done.stderr
