@@ -30,7 +30,7 @@ from plumbline.rollout.generate import Responses, sample_responses
 from plumbline.rollout.scoring import Scores, load_rewards, score_responses
 from plumbline.training.checkpoint import Checkpoints
 from plumbline.training.credit import Baseline, assign_credit
-from plumbline.training.memory import checkpointing, memory_advice, training_ways
+from plumbline.training.memory import checkpointing, memory_advice, training_ways, trim_heap
 from plumbline.training.models import Models, ValueHead
 from plumbline.training.perf import matmul_rate
 from plumbline.training.policy_update import Setting, trunk_values, update
@@ -101,6 +101,7 @@ def train_rl(
                     models, experience, setting, state.optimizer, state.shuffling,
                     state.controller.value, state.update, state.commit,
                 )  # fmt: skip
+            trim_heap()
             # 4. Let the controller follow the KL.
             seconds = state.update.seconds
             spent = metrics["time/rollout_s"] + metrics["time/score_s"] + seconds
