@@ -1,5 +1,8 @@
 """Tests of plumbline.training.memory."""
 
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +35,41 @@ def test_what_refers_to_itself_is_given_back():
 
     assert full - resident() > 250
     assert float(last.sum()) == 16 * 1024
+
+
+GROWTH = """
+import psutil, torch
+import plumbline.training.memory
+weight = torch.randn(256, 688).bfloat16()
+held = []
+for rows in range(1, 601):
+    torch.randn(rows, 256).bfloat16() @ weight
+    if rows % 300 == 0:
+        held.append(psutil.Process().memory_info().rss / 2**20)
+print(held[1] - held[0])
+"""
+
+
+def test_products_of_ever_new_shapes_do_not_fill_the_memory() -> None:
+    # 195 MiB with torch's own limits, where the CPU is fast at bf16; elsewhere nothing is kept.
+    own = {name: value for name, value in os.environ.items() if not name.endswith("_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], env=own, capture_output=True, text=True, timeout=120
+    )
+
+    assert float(done.stdout) < 15, done.stderr
+
+
+def test_limits_that_a_user_has_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    code = (
+        "import os, plumbline.training.memory\n"
+        "print(os.environ['LRU_CACHE_CAPACITY'], os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+
+    assert done.stdout.split() == ["7", "64"], done.stderr
 
 
 def test_only_a_full_memory_is_advised_on():
