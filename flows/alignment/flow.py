@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow, runtime
 from prefect.context import TagsContext
 
-from flows.alignment.gpu import gpu_slot
+from flows.alignment.gpu import COMPUTING, gpu_slot
 from flows.alignment.headline import headline_metrics
 from flows.alignment.naming import flow_run_name, run_name
 from flows.alignment.place import place_in_sweep
@@ -192,6 +192,7 @@ def _run_steps(
     steps: dict[str, StepSummary] = {}
     results: dict[str, Any] = {"data": data}
     digests = digest_cache(project)
+    computed = False
     for name, make_arguments in wiring(loaded.experiment).items():
         arguments = make_arguments(results)
         parts = ingredients(name, arguments)
@@ -203,6 +204,11 @@ def _run_steps(
             # Before the result, which a kill may leave alone: a plan explains by them.
             write_ingredients(project.home, key, parts)
             task = TASKS[name].with_options(refresh_cache=fresh)
+            if fresh and name in COMPUTING:
+                # Takes a tenth of a second, and only a step that computes needs the room.
+                if computed:
+                    release_memory()
+                computed = True
             # The flow run's tags on a task would be names of limits, each asked of the server.
             with TagsContext(current_tags=set()), gpu_slot(name, fresh):
                 state = task(**arguments, run=own, return_state=True)
@@ -211,7 +217,6 @@ def _run_steps(
             discard_checkpoints(project.home, key)
             # Under the lock, so that what a run refers to is known before it can be collected.
             if ran:
-                release_memory()
                 run_id = results[name].mlflow_run_id
                 tracking.tag_run(run_id, {"plumbline.digest": results[name].digest})
             else:
