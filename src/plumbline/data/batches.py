@@ -1,12 +1,14 @@
 """Splitting mini-batches by tokens."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
     """Places of sequences in groups of at most `max_tokens` tokens each, like lengths together.
 
-    A sequence that is longer stands alone.
+    A sequence that is longer stands alone. Packed groups are as few as can be, and then as small
+    as can be: it is the largest that says how much memory they take.
 
     Args:
         lengths: of the sequences, tokens.
@@ -15,6 +17,23 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool) -> l
     """
     # The longest first, which says how wide a padded group is.
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    groups = _fill(order, lengths, max_tokens, packed=packed)
+    if not packed or len(groups) < 2:
+        return groups
+    limits = range(min(sum(lengths) // len(groups), max_tokens), max_tokens)
+    fewest = len(groups)
+    smallest = bisect_left(
+        limits,
+        True,
+        key=lambda limit: len(_fill(order, lengths, limit, packed=True)) <= fewest,
+    )
+    return _fill(order, lengths, limits.start + smallest, packed=True)
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], max_tokens: int, *, packed: bool
+) -> list[list[int]]:
+    """Groups in this order, each as full as it can be."""
     groups: list[list[int]] = []
     taken = 0
     for place in order:

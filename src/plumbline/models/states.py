@@ -1,7 +1,7 @@
 """Hidden states of real tokens, and what a language model says from them."""
 
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from plumbline.data.collate import position_ids
 from plumbline.models.packed_attention import lengths_as_mask, take_packed
 from plumbline.ops.linear_logprobs import TokenStats, linear_logprobs
 from plumbline.ops.logprobs import entropy, token_logprobs
+from plumbline.ops.shapes import product_dtype, size_multiple
 
 WHOLE_BYTES = 2**28
 """Of logits that exist at a time where a model makes them itself: each time costs a token's way
@@ -154,12 +155,45 @@ def _inputs(
     places = own.flatten().cumsum(0).view_as(ids) - 1
     if pairs:
         places[1::2] = torch.where(own[1::2], places[1::2], places[::2])
-    return {
-        "input_ids": ids[own].unsqueeze(0),
-        "attention_mask": lengths_as_mask(lengths[kept], shared[kept]),
-        "position_ids": positions[own].unsqueeze(0),
-        "use_cache": False,
-    }, places[mask]
+    pack = _Pack(ids[own], positions[own], lengths[kept], shared[kept])
+    dtype = product_dtype(ids.device, next(model.parameters()).dtype)
+    return pack.filled(size_multiple(ids.device, dtype)).inputs(), places[mask]
+
+
+class _Pack(NamedTuple):
+    """Sequences one behind the other."""
+
+    ids: Tensor
+    """int64 [N]."""
+    positions: Tensor
+    """int64 [N], of each token in its sequence."""
+    lengths: Tensor
+    """int64 [B]."""
+    shared: Tensor
+    """int64 [B], tokens that a sequence takes from the one before it."""
+
+    def filled(self, multiple: int) -> Self:
+        """With one more sequence, of which nobody asks anything, for a multiple of N."""
+        missing = -len(self.ids) % multiple
+        if not missing:
+            return self
+        positions = torch.arange(missing, device=self.ids.device)
+        lengths = self.lengths.new_tensor([missing])
+        return type(self)(
+            nn.functional.pad(self.ids, (0, missing)),
+            torch.cat([self.positions, positions]),
+            torch.cat([self.lengths, lengths]),
+            nn.functional.pad(self.shared, (0, 1)),
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model takes."""
+        return {
+            "input_ids": self.ids.unsqueeze(0),
+            "attention_mask": lengths_as_mask(self.lengths, self.shared),
+            "position_ids": self.positions.unsqueeze(0),
+            "use_cache": False,
+        }
 
 
 def _shared(ids: Tensor, mask: Tensor) -> Tensor:

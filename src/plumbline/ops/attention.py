@@ -1,7 +1,8 @@
 """Causal attention of packed sequences, each to itself, on a CPU."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from plumbline.ops.logprobs import widen
+from plumbline.ops.shapes import size_multiple
 
 
 class Block(NamedTuple):
@@ -84,51 +86,119 @@ class _CausalAttention(Function):
         blocks: tuple[Block, ...],
         scale: float,
     ) -> Tensor:
+        layout = _Layout.of(blocks, size_multiple(value.device, value.dtype))
+        query, key, value = (layout.spread(states) for states in (query, key, value))
         output = value.new_empty((*query.shape[:-1], value.shape[-1]))
-        longest = max(block.length for block in blocks)
+        longest = max(group.length for group in layout.groups)
         later = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu(1)
         kept = []
         with torch.autocast(query.device.type, enabled=False):
-            # A pair is one block, not two products: oneDNN compiles each new shape in bf16.
-            for block in blocks:
-                place, length = block.place, block.length
-                q, k = widen(_folded(query, key, place)), widen(key[:, place])
+            for group in layout.groups:
+                q, k = (widen(group.take(states, len(key))) for states in (query, key))
                 scores = torch.bmm(q * scale, k.mT)
-                heads = scores.view(len(key), -1, length, length)
-                heads.masked_fill_(later[:length, :length], -torch.inf)
-                for tokens, others in block.hidden:
-                    heads[:, :, tokens, others] = -torch.inf
+                group.hide(scores, later)
                 p = scores.softmax(-1).to(value.dtype)
-                _fold_back(torch.bmm(p, value[:, place]), output, place)
+                group.put(torch.bmm(p, group.take(value, len(key))), output, len(key))
                 kept.append(p)
         ctx.save_for_backward(query, key, value, output, *kept)
-        ctx.blocks, ctx.scale = blocks, scale
-        return output
+        ctx.layout, ctx.scale = layout, scale
+        return layout.gather(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *kept = ctx.saved_tensors
+        layout: _Layout = ctx.layout
+        by_output = layout.spread(by_output)
         by_query, by_key, by_value = (torch.empty_like(x) for x in (query, key, value))
         # What the softmax takes off: sum_j p_j dL/dp_j, which is the output times its gradient.
         shift = (widen(by_output) * widen(output)).sum(-1, keepdim=True).to(value.dtype)
-        narrow_query, narrow_key = query.to(value.dtype), key.to(value.dtype)
+        query, narrow_key = query.to(value.dtype), key.to(value.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            for block, p in zip(ctx.blocks, kept, strict=True):
-                place = block.place
-                by_o = _folded(by_output, key, place)
-                by_value[:, place] = torch.bmm(p.mT, by_o)
-                by_p = torch.bmm(by_o, value[:, place].mT)
-                by_scores = by_p.sub_(_folded(shift, key, place)).mul_(p).mul_(ctx.scale)
-                _fold_back(torch.bmm(by_scores, narrow_key[:, place]), by_query, place)
-                by_key[:, place] = torch.bmm(by_scores.mT, _folded(narrow_query, key, place))
-        return by_query, by_key, by_value, None, None
+            for group, p in zip(layout.groups, kept, strict=True):
+                q, k, v, by_o, off = (
+                    group.take(states, len(key))
+                    for states in (query, narrow_key, value, by_output, shift)
+                )
+                group.put(torch.bmm(p.mT, by_o), by_value, len(key))
+                by_scores = torch.bmm(by_o, v.mT).sub_(off).mul_(p).mul_(ctx.scale)
+                group.put(torch.bmm(by_scores, k), by_query, len(key))
+                group.put(torch.bmm(by_scores.mT, q), by_key, len(key))
+        return *(layout.gather(states) for states in (by_query, by_key, by_value)), None, None
 
 
-def _folded(states: Tensor, key: Tensor, place: slice) -> Tensor:
-    """A block's part of [heads, N, D], heads of one group below each other: [groups, _, D]."""
-    return states[:, place].reshape(len(key), -1, states.shape[2])
+class _Group(NamedTuple):
+    """Blocks of one length that stand one behind the other, and go into one product."""
+
+    start: int
+    length: int
+    blocks: tuple[Block, ...]
+
+    def take(self, states: Tensor, groups: int) -> Tensor:
+        """The group's part of [heads, P, D], heads that share keys below each other.
+
+        [groups * blocks, _, D].
+        """
+        part = self._part(states, groups).transpose(1, 2)
+        return part.reshape(groups * len(self.blocks), -1, states.shape[2])
+
+    def put(self, part: Tensor, states: Tensor, groups: int) -> None:
+        """The reverse of `take`, into [heads, P, D]."""
+        there = self._part(states, groups).transpose(1, 2)
+        there.copy_(part.view(there.shape))
+
+    def hide(self, scores: Tensor, later: Tensor) -> None:
+        """Set to -inf, in place, what a token does not see: [groups * blocks, _, length]."""
+        length = self.length
+        scores.view(len(scores), -1, length, length).masked_fill_(
+            later[:length, :length], -torch.inf
+        )
+        by_block = scores.view(-1, len(self.blocks), scores.shape[1] // length, length, length)
+        for number, block in enumerate(self.blocks):
+            for tokens, others in block.hidden:
+                by_block[:, number, :, tokens, others] = -torch.inf
+
+    def _part(self, states: Tensor, groups: int) -> Tensor:
+        """[groups, heads that share keys, blocks, length, D], a view."""
+        count = len(self.blocks)
+        part = states[:, self.start : self.start + count * self.length]
+        share = len(states) // groups
+        return part.view(groups, share, count, self.length, states.shape[2])
 
 
-def _fold_back(part: Tensor, states: Tensor, place: slice) -> None:
-    states[:, place] = part.view(len(states), -1, states.shape[2])
+class _Layout(NamedTuple):
+    """Where tokens stand once blocks are made longer, so that more of them are of one length.
+
+    What is added stands behind the tokens of a block, and none of these looks there.
+    """
+
+    groups: tuple[_Group, ...]
+    places: Tensor | None
+    """int64 [N], of the tokens among P; none where all are where they were."""
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], multiple: int) -> Self:
+        """Blocks whose lengths are multiples of this."""
+        groups: list[_Group] = []
+        places, end = [], 0
+        for length, run in groupby(blocks, lambda block: -(-block.length // multiple) * multiple):
+            groups.append(_Group(end, length, tuple(run)))
+            for block in groups[-1].blocks:
+                places.append(torch.arange(end, end + block.length))
+                end += length
+        moved = end > sum(block.length for block in blocks)
+        return cls(tuple(groups), torch.cat(places) if moved else None)
+
+    def spread(self, states: Tensor) -> Tensor:
+        """[heads, N, D] to [heads, P, D], 0 where there is no token."""
+        if self.places is None:
+            return states
+        last = self.groups[-1]
+        wide = states.new_zeros(
+            len(states), last.start + len(last.blocks) * last.length, states.shape[2]
+        )
+        return wide.index_copy_(1, self.places, states)
+
+    def gather(self, states: Tensor) -> Tensor:
+        """The reverse of `spread`."""
+        return states if self.places is None else states.index_select(1, self.places)

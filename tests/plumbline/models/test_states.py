@@ -26,6 +26,7 @@ from plumbline.data.collate import pad_left, pad_right
 from plumbline.models import packed_attention, states
 from plumbline.models.packed_attention import NAME, take_packed
 from plumbline.models.states import last_states, states_before, token_stats
+from plumbline.ops import attention
 from plumbline.params.schema import LoraParams
 from plumbline.rollout.generate import sample_responses
 from plumbline.training.lora import add_adapter
@@ -185,6 +186,23 @@ def test_what_a_pair_shares_is_computed_once_and_gives_the_numbers_of_each_alone
     assert read[0] == DIFFERENT
     model.zero_grad()
     compare(model, PAIRS, pad_left, 1e-9, is_linear=True, pairs=True)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_sizes_that_are_rounded_change_no_number(
+    family_lm: PreTrainedModel, sequences: list[list[int]], pairs: bool, in_double: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for module in (states, attention):
+        monkeypatch.setattr(module, "size_multiple", lambda *_: 16)
+    assert take_packed(family_lm)
+    read: list[int] = []
+    family_lm.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].numel())
+    )
+    model = in_double(family_lm)
+    compare(model, PAIRS if pairs else sequences, pad_right, 1e-9, is_linear=True, pairs=pairs)
+    assert read[0] % 16 == 0
 
 
 def test_models_that_do_more_or_see_less_give_their_own_numbers_of_pairs(

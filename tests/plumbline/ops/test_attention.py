@@ -4,11 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from plumbline.ops import attention
 from plumbline.ops.attention import blocks_of, causal_attention
 
 LENGTHS = [5, 1, 8, 3]
 # None begins as another does; or the second and fourth as the one before; or three as the first.
 SHARED = [[0, 0, 0, 0], [0, 4, 0, 6], [0, 5, 1, 2]]
+
+
+@pytest.fixture(params=[1, 4, 8])
+def multiple(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of which blocks' lengths are made; with 8 all are alike, and go into one product."""
+    monkeypatch.setattr(attention, "size_multiple", lambda *_: request.param)
+    return int(request.param)
 
 
 def inputs(groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -37,6 +45,7 @@ def naive(query: Tensor, key: Tensor, value: Tensor, shared: list[int]) -> Tenso
     return torch.stack(rows)
 
 
+@pytest.mark.usefixtures("multiple")
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("groups", [6, 2, 1])
 def test_each_sequence_attends_to_itself(groups: int, shared: list[int]) -> None:
@@ -55,6 +64,7 @@ def test_each_sequence_attends_to_itself(groups: int, shared: list[int]) -> None
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("multiple")
 @pytest.mark.parametrize("shared", SHARED)
 def test_gradcheck(shared: list[int]) -> None:
     leaves = [x.requires_grad_() for x in inputs(2)]

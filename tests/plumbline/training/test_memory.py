@@ -69,7 +69,7 @@ def test_limits_that_a_user_has_set_stay(monkeypatch: pytest.MonkeyPatch) -> Non
     own = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
     done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
 
-    assert done.stdout.split() == ["7", "64"], done.stderr
+    assert done.stdout.split() == ["7", "32"], done.stderr
 
 
 def test_only_a_full_memory_is_advised_on():
