@@ -15,7 +15,7 @@ from plumbline.errors import TrainingError
 # On a CPU torch keeps what it made for each shape of a product, up to 1,024 of them in two caches:
 # responses end when they like, and a process of 0.6 GB grew by 60 MB a rollout. With sizes rounded
 # (plumbline.ops.shapes) 32 are as fast. Read at the first product; what a user has set stays.
-# Huge pages, which Linux gives a process piece by piece otherwise, make large tensors cheaper to get.
+# Large tensors are cheaper to get in huge pages, for which Linux wants to be asked.
 for _name, _value in (
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"),
     ("LRU_CACHE_CAPACITY", "1"),
