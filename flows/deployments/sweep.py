@@ -47,7 +47,7 @@ def sweep(
     from flows.sweeps.points import warm_up
 
     # It imports what the points need beside what is imported here.
-    warm_up(project.home).join()
+    warm_up(project.home)
     from flows.sweeps.flow import sweep as run
     from tasks.bookkeeping import tag_flow_run
 

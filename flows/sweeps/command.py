@@ -38,15 +38,7 @@ def run_sweep(
     data = verified_data(project, loaded, allow_dirty=allow_dirty)
     if not record and (done := finished_sweep(project, loaded, data, started)):
         return done
-    from flows.sweeps.points import warm_up
-
-    # It imports what the points need beside what is done here.
-    starter = warm_up(project.home)
-    try:
-        check_points(project, loaded)
-    except BaseException:
-        starter.stop()
-        raise
+    check_points(project, loaded)
     count = len(loaded.points)
     console.print(
         f"[bold]{loaded.name}[/bold]: {count} point{'s' if count > 1 else ''} of "
@@ -54,9 +46,11 @@ def run_sweep(
         "MLflow …"
     )
     from flows.services.prefect_server import join_server
+    from flows.sweeps.points import warm_up
 
+    # It imports what the points need beside what is imported here.
+    warm_up(project.home)
     join_server(project.home)
-    starter.join()
     with uncollected():
         from flows.services.calling import calling
         from flows.sweeps.flow import PointsFailed, sweep

@@ -39,10 +39,9 @@ class Outcome(NamedTuple):
 
 
 class Starter:
-    """A process of `flows.sweeps.starter`; it begins by importing what takes longest."""
+    """A process of `flows.sweeps.starter`."""
 
     def __init__(self, home: Path) -> None:
-        self._joined = False
         env = dict(os.environ)
         if is_own():
             # The points use the project's own server, too, and have to say so themselves.
@@ -57,16 +56,6 @@ class Starter:
         )
         self._unread = b""
 
-    def join(self) -> None:
-        """Let it join the project's server, for the sweep is sound, and import the rest.
-
-        Raises:
-            PlumblineError: the starter is gone.
-        """
-        if not self._joined:
-            self._joined = True
-            self._write(b"\n")
-
     def start(self, number: int, arguments: Sequence[str], log: Path, place: Place) -> None:
         """Start a point: `plumbline ARGUMENTS`, whose output goes to a log.
 
@@ -79,7 +68,12 @@ class Starter:
             "log": str(log),
             "place": place._asdict(),
         }
-        self._write(json.dumps(order).encode() + b"\n")
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._gone() from None
 
     def ended(self, seconds: float) -> list[tuple[int, int]]:
         """Wait at most so long for points to end; returns their numbers and exit codes.
@@ -104,21 +98,12 @@ class Starter:
         try:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
-            # Before it has joined there are no points.
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE_SECONDS + 5 if self._joined else 0)
+                self._process.wait(GRACE_SECONDS + 5)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-
-    def _write(self, order: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(order)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._gone() from None
 
     def _gone(self) -> PlumblineError:
         code = self._process.wait()
@@ -129,10 +114,7 @@ class Starter:
 
 
 def warm_up(home: Path) -> Starter:
-    """The starter for the next points; it imports what they need while the caller goes on.
-
-    The caller lets it join the server, or stops it where there is something wrong with the sweep.
-    """
+    """The starter for the next points; it imports what they need while the caller goes on."""
     if not _warm:
         _warm.append(Starter(home))
     return _warm[0]
@@ -167,7 +149,6 @@ def run_points(
     running: dict[int, tuple[Point, float]] = {}
     starter = warm_up(home)
     try:
-        starter.join()
         while waiting or running:
             while waiting and len(running) < loaded.sweep.parallel:
                 point = waiting.pop(0)

@@ -2,9 +2,8 @@
 
     python -m flows.sweeps.starter HOME        is how `Starter` (flows/sweeps/points.py) starts it
 
-On its standard input it waits for an empty line before it joins the Prefect server, and then for
-orders, a line of JSON each; it writes a line for each point that ended. When the input closes, be
-it that the sweep was killed, it stops the points that are left.
+It reads orders on its standard input, a line of JSON each, and writes a line for each point that
+ended. When the input closes, be it that the sweep was killed, it stops the points that are left.
 """
 
 import json
@@ -19,6 +18,7 @@ from typing import Any
 
 from flows.uncollected import uncollected
 
+SECONDS_BETWEEN_LOOKS = 0.1
 GRACE_SECONDS = 25.0
 """A point that is told to stop has so long to save its state."""
 
@@ -38,21 +38,16 @@ def main(home: Path) -> None:
     from flows.services.prefect_server import join_server
     from tasks.sources import read_sources
 
+    join_server(home)
     # Before the imports, so that an edit in between is seen.
     read_sources()
-    with uncollected():
-        # What takes longest needs no server, and the sweep still checks its points.
-        import plumbline.training.rl  # noqa: F401
-        from tasks.mlflow_client import preload
-
-        preload()
-    if not os.read(0, 1):
-        os._exit(0)
-    join_server(home)
     with uncollected():
         import typer  # noqa: F401
 
         import flows.alignment.flow  # noqa: F401
+        from tasks.mlflow_client import preload
+
+        preload()
     order = serve(reports)
     if order is None:
         # Taking the modules apart takes a second, and the sweep waits.
@@ -67,15 +62,10 @@ def serve(reports: int) -> Order | None:
     Args:
         reports: descriptor to which one line is written for each point that ended.
     """
-    running: dict[int, tuple[int, int]] = {}
+    running: dict[int, int] = {}
     unread = b""
     while True:
-        ready = select.select([0, *running], [], [])[0]
-        for point in ready:
-            if point != 0:
-                report_ended(*running.pop(point), reports)
-                os.close(point)
-        if 0 in ready:
+        if select.select([0], [], [], SECONDS_BETWEEN_LOOKS)[0]:
             said = os.read(0, 65536)
             if not said:
                 break
@@ -85,28 +75,34 @@ def serve(reports: int) -> Order | None:
                 pid = os.fork()
                 if pid == 0:
                     return order
-                running[os.pidfd_open(pid)] = pid, order["number"]
-    stop([pid for pid, _ in running.values()])
+                running[pid] = order["number"]
+        report_ended(running, reports)
+    stop(running)
     return None
 
 
-def report_ended(pid: int, number: int, reports: int) -> None:
-    """Write the number and the exit code of a point that ended."""
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    # As a shell says that a signal ended it.
-    line = json.dumps({"number": number, "code": code if code >= 0 else 128 - code})
-    os.write(reports, f"{line}\n".encode())
+def report_ended(running: dict[int, int], reports: int) -> None:
+    """Write the number and the exit code of each point that ended, and forget it."""
+    for pid, number in [*running.items()]:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del running[pid]
+            code = os.waitstatus_to_exitcode(status)
+            # As a shell says that a signal ended it.
+            line = json.dumps({"number": number, "code": code if code >= 0 else 128 - code})
+            os.write(reports, f"{line}\n".encode())
 
 
-def stop(pids: list[int]) -> None:
+def stop(running: dict[int, int]) -> None:
     """Let the points save their state and end; then end those that do not."""
-    for pid in pids:
+    for pid in running:
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    while pids and time.monotonic() < deadline:
-        pids = [pid for pid in pids if not os.waitpid(pid, os.WNOHANG)[0]]
-        time.sleep(0.1)
-    for pid in pids:
+    while running and time.monotonic() < deadline:
+        for pid in [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]]:
+            del running[pid]
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
