@@ -177,11 +177,11 @@ class _Pack(NamedTuple):
         missing = -len(self.ids) % multiple
         if not missing:
             return self
-        positions = torch.arange(missing, device=self.ids.device)
         lengths = self.lengths.new_tensor([missing])
         return type(self)(
             nn.functional.pad(self.ids, (0, missing)),
-            torch.cat([self.positions, positions]),
+            # All at the first place, for a model's context may be shorter than what is missing.
+            nn.functional.pad(self.positions, (0, missing)),
             torch.cat([self.lengths, lengths]),
             nn.functional.pad(self.shared, (0, 1)),
         )
