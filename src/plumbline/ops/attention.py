@@ -22,11 +22,6 @@ class Block(NamedTuple):
     """Tokens of the block and tokens before them that belong to another sequence."""
 
     @property
-    def place(self) -> slice:
-        """Where the block stands."""
-        return slice(self.start, self.end)
-
-    @property
     def length(self) -> int:
         """Its tokens."""
         return self.end - self.start
