@@ -29,7 +29,8 @@ def measurement(part, side, turn, result, key="k", others=0.0, commit="abc1234")
 
 def ppo(episodes_per_s, peak_mb, scores):
     return {
-        "episodes": 320, "episodes_per_s": episodes_per_s, "peak_mb": peak_mb,
+        "episodes": 320, "episodes_per_s": episodes_per_s,
+        "episodes_per_s_from_start": episodes_per_s / 2, "peak_mb": peak_mb,
         "phases": {"rollout": 1.0, "score": 2.0, "update": 3.0},
         "packages": {"trl": "1.12.0"},
         "judged": {"scores": scores, "mean": sum(scores) / len(scores), "ended_share": 0.5},
@@ -130,7 +131,7 @@ def test_the_page_keeps_what_is_written_by_hand(store):
     assert new.startswith("# Benchmarks\n\nBefore.\n")
     assert new.endswith(f"{report.END}\n\nAfter.\n")
     assert "old" not in new
-    assert "| TRL, bf16 autocast | 7.5 [5, 10] | 2.4 |" in new
+    assert "| TRL, bf16 autocast | 7.5 [5, 10] | 2.4 | 3.75 [2.5, 5] | 2.4 |" in new
     assert report.replace(new, report.page_tables(store)) == new
     with pytest.raises(SystemExit, match="only one"):
         report.replace(f"text\n{report.BEGIN}\n", "block")

@@ -86,8 +86,8 @@ PPO: Mapping[str, Mapping[Size, Spec]] = {
     # TRL's defaults as they are: batches of 8, one mini-batch, 3e-6.
     "b": {
         "full": {
-            "batch": 8, "mini_batch": 8, "episodes": 16, "learning_rate": 3e-6,
-            "micro_batch_tokens": 1024,
+            "batch": 8, "mini_batch": 8, "episodes": 24, "learning_rate": 3e-6,
+            "micro_batch_tokens": 512,
         },
         "quick": {
             "batch": 2, "mini_batch": 2, "episodes": 2, "learning_rate": 3e-6,

@@ -87,22 +87,25 @@ def _ppo_section(results: Results) -> str:
     episodes = next(iter(own.values()))["episodes"]
     rows = []
     for side in (OURS, *results.peers):
-        times = "" if side == OURS else f"{results.over(side, 'episodes_per_s')}"
+        speeds = []
+        for figure in ("episodes_per_s", "episodes_per_s_from_start"):
+            speeds.append(f"{results.spread(side, figure)}")
+            speeds.append("" if side == OURS else f"{results.over(side, figure)}")
         share = "" if side == OURS else f"{results.over(side, results.memory)}"
         judged = [r["judged"] for r in results.sides[side].values() if "judged" in r]
         reward = [row["mean"] for row in judged]
         ended = [row["ended_share"] for row in judged]
         rows.append(
             [
-                side, f"{results.spread(side, 'episodes_per_s')}", times,
+                side, *speeds,
                 f"{results.spread(side, results.memory)}", share,
                 f"{Spread.of(reward)}" if judged else "",
                 f"{Spread.of(ended).median:.0%}" if judged else "",
             ]
         )  # fmt: skip
     head = [
-        "", "episodes/s", "ours over it", "peak memory, MB", "ours over it",
-        f"reward after {episodes} episodes", "of them ended",
+        "", "episodes/s", "ours over it", "with the first batch", "ours over it",
+        "peak memory, MB", "ours over it", f"reward after {episodes} episodes", "of them ended",
     ]  # fmt: skip
     phases: dict[str, list[float]] = defaultdict(list)
     for result in own.values():

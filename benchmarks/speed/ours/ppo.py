@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.speed.ours.models import Prompts, memory, ppo_models, synchronize
-from benchmarks.speed.worker import Result, Spec, serve, timed
+from benchmarks.speed.worker import Result, Spec, episodes_of, serve, timed
 from plumbline.params.schema import RLParams, SamplingParams
 from plumbline.rollout.experience import Sequences, response_logprobs, response_values
 from plumbline.rollout.generate import sample_responses
@@ -57,9 +57,13 @@ def work(spec: Spec) -> Result:
     warm_up(models, prompts, setting)
     history: list[Mapping[str, float]] = []
     with timed() as clock:
+
+        def note(_: int, metrics: Mapping[str, float]) -> None:
+            clock.lap()
+            history.append(dict(metrics))
+
         train_rl(
-            models, prompts.names, prompts.encoder(), setting, seed=spec["seed"],
-            log=lambda _, metrics: history.append(dict(metrics)),
+            models, prompts.names, prompts.encoder(), setting, seed=spec["seed"], log=note,
             progress=ignore_progress, warn=ignore_warnings,
         )  # fmt: skip
         synchronize()
@@ -67,9 +71,7 @@ def work(spec: Spec) -> Result:
     if spec.get("save"):
         models.policy.save_pretrained(Path(spec["save"]))
     return {
-        "episodes": spec["episodes"],
-        "seconds": clock.seconds,
-        "episodes_per_s": spec["episodes"] / clock.seconds,
+        **episodes_of(spec, clock),
         "scores": [row["objective/scores"] for row in history],
         "kl": [row["objective/kl"] for row in history],
         "ended_share": [1 - row["response/clipped_fraction"] for row in history],

@@ -14,15 +14,16 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from benchmarks.speed.peers import common
-from benchmarks.speed.worker import Result, Spec, rows_of, serve, timed
+from benchmarks.speed.worker import Clock, Result, Spec, episodes_of, rows_of, serve, timed
 
 
 def work(spec: Spec) -> Result:
@@ -75,6 +76,7 @@ def work(spec: Spec) -> Result:
             train_dataset=Dataset.from_dict({"input_ids": queries}),
         )
         with timed() as clock:
+            trainer.add_callback(Laps(clock))
             trainer.train()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -83,9 +85,7 @@ def work(spec: Spec) -> Result:
         policy.float().save_pretrained(Path(spec["save"]))
     logs = [row for row in trainer.state.log_history if "objective/scores" in row]
     return {
-        "episodes": spec["episodes"],
-        "seconds": clock.seconds,
-        "episodes_per_s": spec["episodes"] / clock.seconds,
+        **episodes_of(spec, clock),
         "scores": [row["objective/scores"] for row in logs],
         "kl": [row["objective/kl"] for row in logs],
         "ended_share": [row["val/num_eos_tokens"] / spec["batch"] for row in logs],
@@ -93,6 +93,19 @@ def work(spec: Spec) -> Result:
         **memory,
         **common.setup(),
     }
+
+
+class Laps(TrainerCallback):
+    """A lap of the clock for each batch, at whose end its metrics are logged."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Tell this clock."""
+        self.clock = clock
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Called with what is logged."""
+        if "objective/scores" in logs:
+            self.clock.lap()
 
 
 def warm_up(policy: PreTrainedModel, critic: PreTrainedModel, queries: list[list[int]]) -> None:

@@ -27,7 +27,7 @@ Flatten = Callable[[nn.Module], Tensor]
     ("able", "expected"),
     [
         ({"avx512_bf16": True, "amx_bf16": True}, "bf16"),
-        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "fp32"),
         ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
         ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, "fp32"),
         # A processor of another make names neither.
@@ -49,7 +49,7 @@ def test_auto_is_bf16_on_gpus_that_do_not_emulate_it(
         return including_emulation or supported
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not supported})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not supported})
     assert resolve_precision("auto", CUDA) == ("bf16" if supported else "fp32")
 
 
