@@ -76,7 +76,7 @@ PPO: Mapping[str, Mapping[Size, Spec]] = {
     "a": {
         "full": {
             "batch": 64, "mini_batch": 16, "episodes": 256, "learning_rate": 1e-4,
-            "micro_batch_tokens": 1024,
+            "micro_batch_tokens": 2048,
         },
         "quick": {
             "batch": 8, "mini_batch": 4, "episodes": 16, "learning_rate": 1e-4,
