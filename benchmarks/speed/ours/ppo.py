@@ -58,7 +58,7 @@ def work(spec: Spec) -> Result:
     history: list[Mapping[str, float]] = []
     with timed() as clock:
 
-        def note(_: int, metrics: Mapping[str, float]) -> None:
+        def note(step: int, metrics: Mapping[str, float]) -> None:
             clock.lap()
             history.append(dict(metrics))
 
