@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import gpu, report
+from benchmarks.speed import gpu, report, worker
 from benchmarks.speed.__main__ import Bench
 from benchmarks.speed.machine import Code
 from benchmarks.speed.parts import all_parts
@@ -228,3 +228,25 @@ def test_random_rows_are_the_same_for_both_sides():
     assert max(lengths) <= 9
     assert len(set(lengths)) > 1
     assert all(3 <= token < 50 for query in rows["queries"] for token in query)
+
+
+def test_the_first_batch_is_not_counted_in_ppos_speed(monkeypatch):
+    # The clock begins at 10; batches of 6, 2 and 4 s, and a second until the block is left.
+    times = iter([10.0, 16.0, 18.0, 22.0, 23.0])
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(times))
+    with worker.timed() as clock:
+        for _ in range(3):
+            clock.lap()
+    speed = worker.episodes_of({"episodes": 24, "batch": 8}, clock)
+    assert speed["batch_seconds"] == [6, 2, 4]
+    assert speed["seconds"] == 13
+    assert speed["episodes_per_s"] == 16 / 6
+    assert speed["episodes_per_s_from_start"] == 24 / 13
+
+
+def test_a_single_batch_is_counted(monkeypatch):
+    times = iter([0.0, 4.0, 5.0])
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(times))
+    with worker.timed() as clock:
+        clock.lap()
+    assert worker.episodes_of({"episodes": 8, "batch": 8}, clock)["episodes_per_s"] == 2
