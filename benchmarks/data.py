@@ -3,6 +3,8 @@
     python benchmarks/data.py                               # a million pairs: some minutes
     python benchmarks/data.py --pairs 50000 100000 200000   # how both grow with the rows
 
+The memory is that of all processes together.
+
 A data set of made-up words is generated: so many preference pairs, a twentieth of that as
 demonstrations and as prompts. Lengths, word frequencies and punctuation are about those of English
 chats; no two texts are the same. Then, each in a process of its own,
@@ -21,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {"seconds": 90.0, "peak_mb": 1500.0}
@@ -145,15 +149,29 @@ def measure(project: Path, pairs: int, work: str) -> Measured:
     child = subprocess.Popen(
         [sys.executable, *arguments], cwd=project, env=environment, stdout=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(child.pid, 0)
+    peak = 0
+    while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+        peak = max(peak, resident_bytes(child.pid))
+        time.sleep(0.2)
+    _, status, usage = ended
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began
     if child.returncode:
         raise SystemExit(f"{work} with {pairs} pairs ended with {child.returncode}")
-    # Kilobytes on Linux.
-    return Measured(
-        pairs, work, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
-    )
+    # Of one process, to its last byte; in kilobytes on Linux.
+    peak = max(peak, usage.ru_maxrss * 1024)
+    return Measured(pairs, work, seconds, usage.ru_utime + usage.ru_stime, peak / 1e6)
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory of a process and all that it has started; what these share counts for each."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+    return total
 
 
 def table(results: list[Measured]) -> str:

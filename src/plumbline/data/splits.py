@@ -17,8 +17,11 @@ def prompt_id(prompt: str) -> str:
     reader would call the same must not be trained on here and tested on there, so each content is
     brought to NFKC, case-folded, and its white space collapsed before it is hashed.
     """
-    turns = [[turn["role"], _normalise(turn["content"])] for turn in json.loads(prompt)]
-    return hashlib.sha256(_encode(turns).encode()).hexdigest()
+    turns = [
+        f"[{_quoted(turn['role'])}, {_quoted(_normalise(turn['content']))}]"
+        for turn in json.loads(prompt)
+    ]
+    return hashlib.sha256(f"[{', '.join(turns)}]".encode()).hexdigest()
 
 
 def with_prompt_ids(frame: pd.DataFrame) -> pd.DataFrame:
@@ -45,4 +48,5 @@ def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+# Of a text alone the encoder is three times as fast as of a list.
+_quoted = json.JSONEncoder(ensure_ascii=False).encode

@@ -62,21 +62,39 @@ class Table:
         optional = OPTIONAL_COLUMNS.get(self.stored.name, ())
         return [*TABLES[self.stored.name], *(c for c in optional if c in self.stored.columns)]
 
+    def batch_count(self) -> int:
+        """How many frames `batches` gives."""
+        with self._reader() as reader:
+            return int(reader.num_record_batches)
+
     def batches(self) -> Iterator[pd.DataFrame]:
         """The rows in file order, some thousands a frame: `row`, fields, `prompt_id`, `split`."""
-        for rows in self.arrow_batches():
-            yield rows.to_pandas(types_mapper=_FRAME_TYPES.get)
+        for number in range(self.batch_count()):
+            yield self.batch(number)
+
+    def batch(self, number: int) -> pd.DataFrame:
+        """The frame that `batches` gives at a place, from 0."""
+        return self._arrow_batch(number).to_pandas(types_mapper=_FRAME_TYPES.get)
 
     def arrow_batches(self) -> Iterator[pa.Table]:
         """As `batches`, in Arrow's form."""
-        with pa.OSFile(str(self.stored.path)) as file, pa.ipc.open_stream(file) as reader:
-            for batch in reader:
-                rows = batch.column("row").to_numpy()
-                first, last = (rows[0], rows[-1]) if len(rows) else (0, 0)
-                index = self.index.loc[first:last]
-                kept = pa.Table.from_batches([batch]).filter(np.isin(rows, index.index))
-                splits = pa.array(index["split"].astype("str"), pa.string())
-                yield kept.append_column("split", splits)
+        for number in range(self.batch_count()):
+            yield self._arrow_batch(number)
+
+    def _arrow_batch(self, number: int) -> pa.Table:
+        with self._reader() as reader:
+            batch = reader.get_batch(number)
+        rows = batch.column("row").to_numpy()
+        first, last = (rows[0], rows[-1]) if len(rows) else (0, 0)
+        index = self.index.loc[first:last]
+        kept = pa.Table.from_batches([batch]).filter(np.isin(rows, index.index))
+        splits = pa.array(index["split"].astype("str"), pa.string())
+        return kept.append_column("split", splits)
+
+    @contextmanager
+    def _reader(self) -> Iterator[pa.ipc.RecordBatchFileReader]:
+        with pa.OSFile(str(self.stored.path)) as file, pa.ipc.open_file(file) as reader:
+            yield reader
 
 
 def store_rows(name: str, file: str, frames: Iterable[pd.DataFrame], scratch: Path) -> StoredRows:
@@ -94,7 +112,7 @@ def store_rows(name: str, file: str, frames: Iterable[pd.DataFrame], scratch: Pa
             for frame in frames:
                 digests.append(digests_of(frame, name))
                 schema = arrow_schema(str(name) for name in frame if name != "split")
-                writer = writer or pa.ipc.new_stream(place, schema)
+                writer = writer or pa.ipc.new_file(place, schema)
                 table = pa.Table.from_pandas(frame[schema.names], schema, preserve_index=False)
                 # An empty table has no batches.
                 for batch in table.to_batches() or [pa.RecordBatch.from_pylist([], schema)]:

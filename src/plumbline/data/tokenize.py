@@ -113,7 +113,7 @@ class ChatEncoder:
         Raises:
             DataError: the chat template refuses a prompt, for example because of a system role.
         """
-        rendered = [self._render(prompt) for prompt in prompts]
+        rendered = self._render(prompts)
         plain = iter(self._encode([text for text, quoted in rendered if not quoted]))
         return [
             self._encode_quoting(text, quoted) if quoted else next(plain)
@@ -126,7 +126,7 @@ class ChatEncoder:
 
     def prompt_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, the chat template included; raises as `prompts` does."""
-        rendered = [self._render(prompt) for prompt in prompts]
+        rendered = self._render(prompts)
         plain = iter(self._lengths.of([text for text, quoted in rendered if not quoted]))
         return [
             len(self._encode_quoting(text, quoted)) if quoted else next(plain)
@@ -147,11 +147,19 @@ class ChatEncoder:
             for ids in responses
         ]
 
-    def _render(self, prompt: str) -> tuple[str, dict[str, str]]:
-        """The rendered prompt, with stand-ins for the special tokens that contents spell.
+    def _render(self, prompts: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+        """The rendered prompts, with stand-ins for the special tokens that contents spell.
 
-        Also what each stand-in, a character that no content has, stands for.
+        Also what each stand-in, a character that no content of the prompt has, stands for.
         """
+        quoted = [self._quote(prompt) for prompt in prompts]
+        # In one call, whose own work on each of them costs more than the template's.
+        conversations = [messages for messages, _ in quoted]
+        texts = _rendered(self.tokenizer, conversations, add_generation_prompt=True)
+        return [(text, stands_for) for text, (_, stands_for) in zip(texts, quoted, strict=True)]
+
+    def _quote(self, prompt: str) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """The messages with stand-ins, and what each of these stands for."""
         messages = json.loads(prompt)
         contents = "".join(message["content"] for message in messages)
         found = dict.fromkeys(self._spelled.findall(contents))
@@ -162,9 +170,7 @@ class ChatEncoder:
                 message["content"] = self._spelled.sub(
                     lambda match: stand_ins[match[0]], message["content"]
                 )
-        return _rendered(self.tokenizer, messages, add_generation_prompt=True), {
-            stand_in: token for token, stand_in in stand_ins.items()
-        }
+        return messages, {stand_in: token for token, stand_in in stand_ins.items()}
 
     def _encode_quoting(self, text: str, quoted: Mapping[str, str]) -> list[int]:
         # Tokenizers cut a text at its special tokens first, so that encoding it in these parts
@@ -197,10 +203,15 @@ _PROBE = "zqjxkv"
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool
-) -> str:
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    **options: bool,
+) -> list[str]:
+    if not conversations:
+        return []
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        texts: list[str] = tokenizer.apply_chat_template(conversations, tokenize=False, **options)
+        return texts
     except TemplateSyntaxError as error:
         raise ParamsError(
             f"model.chat_template: expected a Jinja template, got a syntax error ({error})"
@@ -216,9 +227,10 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template writes right after an assistant's content, if any."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
     try:
-        _, found, after = _rendered(tokenizer, turns).rpartition(_PROBE)
+        [text] = _rendered(tokenizer, [turns])
     except DataError:
         return None
+    _, found, after = text.rpartition(_PROBE)
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     ends = [token for token in added if found and after.lstrip().startswith(token)]
     return added[max(ends, key=len)] if ends else None

@@ -25,6 +25,7 @@ from plumbline.data.splits import with_prompt_ids
 from plumbline.data.tables import StoredRows, Table, store_rows, tables_of
 from plumbline.data.values import Fault, conversation, excerpt
 from plumbline.errors import DataError
+from plumbline.second_process import map_in_two_processes
 
 REPORT_LIMIT = 20
 _CONTROL = re.compile(CONTROL_CHARACTERS)
@@ -110,18 +111,10 @@ def validate(
     """Every rule that the rows of `read_dataset` break, sorted; lengths only if both are given."""
     if (limits is None) != (counter is None):
         raise TypeError("expected both limits and counter, or neither")
-    sizes = (limits.max_prompt_tokens, limits.max_response_tokens) if limits else (None, None)
     findings = find({name: table.index for name, table in tables.items()})
-    failures: set[Failure] = set()
-    for name, table in tables.items():
-        schema = schema_of(name, *sizes)
-        for rows in table.batches():
-            frame = with_findings(rows, findings[name])
-            if counter is not None:
-                frame, refused = _with_lengths(frame, counter)
-                failures |= _refusals(frame, refused, table.stored.file)
-            failures |= _broken_rules(frame, schema, table.stored.file)
-    return sorted(failures)
+    look = _Look(tables, findings, limits, counter)
+    batches = [(name, i) for name, table in tables.items() for i in range(table.batch_count())]
+    return sorted(set[Failure]().union(*map_in_two_processes(look, batches)))
 
 
 def prompt_lengths(
@@ -194,6 +187,28 @@ def _what_to_do(failures: Sequence[Failure]) -> str:
             "data.on_invalid=quarantine only helps with rows."
         )
     return "Mend these rows, or set data.on_invalid=quarantine to go on without them."
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Finds the failures of one batch."""
+
+    tables: Mapping[str, Table]
+    findings: Mapping[str, pd.DataFrame]
+    limits: Limits | None
+    counter: TokenCounter | None
+
+    def __call__(self, batch: tuple[str, int]) -> set[Failure]:
+        """The rules that the rows of a table's batch break, given its name and its number."""
+        name, number = batch
+        table, limits = self.tables[name], self.limits
+        frame = with_findings(table.batch(number), self.findings[name])
+        failures: set[Failure] = set()
+        if self.counter is not None:
+            frame, refused = _with_lengths(frame, self.counter)
+            failures |= _refusals(frame, refused, table.stored.file)
+        sizes = (limits.max_prompt_tokens, limits.max_response_tokens) if limits else (None, None)
+        return failures | _broken_rules(frame, schema_of(name, *sizes), table.stored.file)
 
 
 def _read(path: Path, table: str, scratch: Path) -> tuple[StoredRows, list[Failure]]:

@@ -152,4 +152,13 @@ def _kind(value: Any) -> str:
     return "an empty list" if value == [] else type(value).__name__
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+def _encode(turns: list[dict[str, str]]) -> str:
+    """The compact JSON of messages."""
+    # Of a text alone the encoder is three times as fast as of a list of dictionaries.
+    messages = (
+        f'{{"role":{_quoted(turn["role"])},"content":{_quoted(turn["content"])}}}' for turn in turns
+    )
+    return f"[{','.join(messages)}]"
+
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode

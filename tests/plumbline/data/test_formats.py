@@ -8,9 +8,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plumbline.data.formats import Failure, canonical_frame, find_table, read_batches
-from plumbline.data.values import Fault, conversation, excerpt
+from plumbline.data.values import CONVERTERS, ROLES, Fault, conversation, excerpt
 from plumbline.errors import DataError
 
 HELLO = '[{"role":"user","content":"Hello"}]'
@@ -47,6 +49,15 @@ def test_text_becomes_one_user_turn(tmp_path: Path) -> None:
     assert frame["prompt"].tolist() == [HELLO]
     assert frame["response"].tolist() == ["Hi"]
     assert conversation(HELLO) == [{"role": "user", "content": "Hello"}]
+
+
+@given(st.lists(st.tuples(st.sampled_from(ROLES), st.text()), max_size=3), st.text())
+def test_a_canonical_prompt_is_compact_json(before: list[tuple[str, str]], last: str) -> None:
+    turns = [{"role": role, "content": content} for role, content in [*before, ("user", last)]]
+
+    canonical = CONVERTERS["prompt"](turns)
+
+    assert canonical == json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
 
 
 def test_chat_and_text_give_the_same_row(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from plumbline import second_process
+from plumbline.data import formats
 from plumbline.data.formats import Failure
 from plumbline.data.validation import (
     InvalidData,
@@ -19,6 +21,7 @@ from plumbline.data.validation import (
 )
 from plumbline.data.values import conversation
 from plumbline.errors import DataError
+from plumbline.second_process import WORTH_IT
 
 COUNT = 40
 
@@ -245,3 +248,32 @@ def test_the_error_says_what_to_do() -> None:
     assert "or set data.on_invalid=quarantine" in str(InvalidData([row]))
     assert "cannot be set aside" in str(InvalidData([row, whole]))
     assert InvalidData([row]).failures == [row]
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = good_tables()
+    tables["demonstrations"][7]["response"] = "one two three four"
+    tables["demonstrations"][8]["response"] = " "
+    tables["preferences"][30]["rejected"] = "Yes"
+    tables["preferences"][31]["prompt"] = "a\x07b"
+    tables["preferences"][33] = tables["preferences"][2]
+    tables["ratings"][39]["response"] = "also much too long"
+    monkeypatch.setattr(formats, "BATCH_ROWS", 5)
+    read, failures = read_dataset(write(tmp_path, tables), 0.5, tmp_path)
+    assert failures == []
+    assert sum(table.batch_count() for table in read.values()) >= 2 * WORTH_IT
+
+    found = {}
+    for cores in (1, 2):
+        monkeypatch.setattr(second_process, "_cores", lambda cores=cores: cores)
+        found[cores] = validate(read, Limits(3, 3), WordCounter())
+
+    assert found[1] == found[2]
+    assert {(Path(f.file).stem, f.row, f.field) for f in found[1]} >= {
+        ("demonstrations", 8, "response"),
+        ("demonstrations", 9, "response"),
+        ("preferences", 31, "chosen"),
+        ("preferences", 32, "prompt"),
+        ("preferences", 34, "prompt"),
+        ("ratings", 40, "response"),
+    }
