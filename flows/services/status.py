@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flows.environment import database_uri
@@ -161,7 +161,9 @@ def _deployments(found: Status) -> Table:
 
 
 def _runs(found: Status) -> Table:
-    table = Table("run", "state", "deployment", "since", "id", box=None, pad_edge=False)
+    # Ids are there to be copied, so that they go on in the next line sooner than lose an end.
+    identity = Column("id", overflow="fold")
+    table = Table("run", "state", "deployment", "since", identity, box=None, pad_edge=False)
     for run in found.runs:
         state = Text(run["state"], "yellow" if run["waits"] else "")
         since = (run["since"] or "")[:19].replace("T", " ")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flows.alignment.planning import finished, make_plan
@@ -184,7 +184,10 @@ def show_plan(
 ) -> None:
     """Print the plan of a sweep: a row a point, a column a step."""
     steps = list(dict.fromkeys(step for planned in plan.values() for step in planned))
-    table = Table("", "point", *steps, box=None, pad_edge=False)
+    table = Table("", Column("point", no_wrap=True), box=None, pad_edge=False)
+    for step in steps:
+        # On two lines, so that all of them fit on a narrow terminal.
+        table.add_column(step.replace("_", "_\n"), no_wrap=True)
     colours = {"run": "yellow", "cached": "green", "unknown": "cyan", "shared": "dim"}
     for point in loaded.points:
         cells = [_cell(plan[point.number].get(step)) for step in steps]

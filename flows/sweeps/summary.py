@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flows.alignment.closing import ui_commands
@@ -267,7 +267,10 @@ def show_sweep(console: Console, project: Project, summary: SweepSummary) -> Non
             "--record` makes a tracked run all the same."
         )
     shown = _shown(summary.points)
-    table = Table("", "point", *shown, "ran", "s", "", title="Held-out prompts", box=None)
+    table = Table("", Column("point", no_wrap=True), title="Held-out prompts", box=None)
+    for name in (*shown, "ran", "s", ""):
+        # A terminal that is too narrow for the lines is wide enough for their words.
+        table.add_column(name, min_width=max(map(len, name.split()), default=0))
     for point in summary.points:
         best = point.number == summary.best
         ran = ", ".join(name for name, step in point.steps.items() if step.status == "ran")
