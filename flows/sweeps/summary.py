@@ -268,9 +268,10 @@ def show_sweep(console: Console, project: Project, summary: SweepSummary) -> Non
         )
     shown = _shown(summary.points)
     table = Table("", Column("point", no_wrap=True), title="Held-out prompts", box=None)
-    for name in (*shown, "ran", "s", ""):
+    for name in (*shown, "ran", "s"):
         # A terminal that is too narrow for the lines is wide enough for their words.
-        table.add_column(name, min_width=max(map(len, name.split()), default=0))
+        table.add_column(name, min_width=max(map(len, name.split())))
+    table.add_column(no_wrap=True)
     for point in summary.points:
         best = point.number == summary.best
         ran = ", ".join(name for name, step in point.steps.items() if step.status == "ran")
