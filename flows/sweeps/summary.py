@@ -267,24 +267,20 @@ def show_sweep(console: Console, project: Project, summary: SweepSummary) -> Non
             "--record` makes a tracked run all the same."
         )
     shown = _shown(summary.points)
-    table = Table("", Column("point", no_wrap=True), title="Held-out prompts", box=None)
+    point = Column("point", no_wrap=True)
+    table = Table("", point, title="Held-out prompts", box=None, pad_edge=False)
     for name in (*shown, "ran", "s"):
-        # A terminal that is too narrow for the lines is wide enough for their words.
+        # Where a terminal is too narrow for the lines, their words are whole at least.
         table.add_column(name, min_width=max(map(len, name.split())))
-    table.add_column(no_wrap=True)
     for point in summary.points:
-        best = point.number == summary.best
         ran = ", ".join(name for name, step in point.steps.items() if step.status == "ran")
         cells = _cells(point)
         table.add_row(
             str(point.number),
-            Text(point.label, "bold" if best else ""),
+            _label(point, best=point.number == summary.best),
             *(cells.get(column, "") for column in shown),
             ran if point.status == "finished" else "",
             f"{point.seconds:.0f}",
-            {"finished": "[green]best[/]" if best else "", "failed": "[red]failed[/]"}[
-                point.status
-            ],
         )
     console.print(table)
     console.print(f"[bold]Rule[/bold]: {summary.rule}.", highlight=False)
@@ -306,6 +302,15 @@ def show_sweep(console: Console, project: Project, summary: SweepSummary) -> Non
     console.print("[bold]Look closer:[/bold]")
     for name, command in ui_commands(project).items():
         console.print(f"  {name}: {command}", soft_wrap=True, highlight=False)
+
+
+def _label(point: PointSummary, *, best: bool) -> Text:
+    label = Text(point.label, "bold" if best else "")
+    if best:
+        label.append("\nbest", "green")
+    elif point.status == "failed":
+        label.append("\nfailed", "red")
+    return label
 
 
 def _notes(points: Sequence[PointSummary]) -> list[str]:
