@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from flows.alignment.closing import ui_commands
@@ -267,8 +267,9 @@ def show_sweep(console: Console, project: Project, summary: SweepSummary) -> Non
             "--record` makes a tracked run all the same."
         )
     shown = _shown(summary.points)
-    point = Column("point", no_wrap=True)
-    table = Table("", point, title="Held-out prompts", box=None, pad_edge=False)
+    table = Table(title="Held-out prompts", box=None, pad_edge=False)
+    table.add_column()
+    table.add_column("point", no_wrap=True)
     for name in (*shown, "ran", "s"):
         # Where a terminal is too narrow for the lines, their words are whole at least.
         table.add_column(name, min_width=max(map(len, name.split())))
