@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import tags
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.services.prefect_server import wait_for_server
 from flows.stopping import confirm_cancellation
@@ -26,8 +27,11 @@ def calling(home: Path, *more_tags: str) -> Iterator[None]:
         MachineError: the server does not start.
     """
     wait_for_server(home)
+    # Its thread sleeps in whole seconds, and the end of the flow waits for it. Which process a run
+    # is says its tag, by which the next run finds that it died.
+    no_heartbeats = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     try:
-        with tags(process_tag(), *more_tags):
+        with temporary_settings(set_defaults=no_heartbeats), tags(process_tag(), *more_tags):
             yield
     finally:
         confirm_cancellation()
