@@ -89,11 +89,12 @@ def align(
     _check_unedited()
     data = _find_data(project, loaded, data_rev, allow_dirty)
     check_files(loaded.experiment, data.files)
-    if place := place_in_sweep():
-        place.check(loaded.experiment, data)
     registry.check_owner(loaded.experiment.registry.name)
-
-    close_dead_runs(project.home)
+    if place := place_in_sweep():
+        # The sweep itself has closed what dead runs left open.
+        place.check(loaded.experiment, data)
+    else:
+        close_dead_runs(project.home)
     run, origin = _open_run(project, loaded, data)
     pages = mlflow_pages(project, run.experiment_id)
     show_links(run.name, run.mlflow_run_id, pages)

@@ -38,7 +38,11 @@ def run_sweep(
     data = verified_data(project, loaded, allow_dirty=allow_dirty)
     if not record and (done := finished_sweep(project, loaded, data, started)):
         return done
-    check_points(project, loaded)
+    from flows.sweeps.points import warm_up
+
+    # It imports what the points need beside the checks, and beside what is imported here.
+    with warm_up(project.home).unless_failing():
+        check_points(project, loaded)
     count = len(loaded.points)
     console.print(
         f"[bold]{loaded.name}[/bold]: {count} point{'s' if count > 1 else ''} of "
@@ -46,10 +50,7 @@ def run_sweep(
         "MLflow …"
     )
     from flows.services.prefect_server import join_server
-    from flows.sweeps.points import warm_up
 
-    # It imports what the points need beside what is imported here.
-    warm_up(project.home)
     join_server(project.home)
     with uncollected():
         from flows.services.calling import calling

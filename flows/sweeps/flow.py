@@ -177,6 +177,9 @@ def _run(
                 ended.append(summarise(outcome))
                 failed = outcome.summary is None
                 tell(_said(outcome, len(loaded.points)), logging.ERROR if failed else logging.INFO)
+                if failed:
+                    # It may have been killed.
+                    close_dead_runs(project.home)
                 progress.report(len(ended), len(loaded.points))
     return ended
 

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,9 +101,21 @@ class Starter:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_SECONDS + 5)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._kill()
+
+    @contextmanager
+    def unless_failing(self) -> Iterator[None]:
+        """End the starter, which has no points yet, where the context is left by an exception."""
+        try:
+            yield
+        except BaseException:
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _gone(self) -> PlumblineError:
         code = self._process.wait()

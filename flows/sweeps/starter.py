@@ -14,16 +14,26 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flows.uncollected import uncollected
 
 SECONDS_BETWEEN_LOOKS = 0.1
+"""At points that were told to stop."""
 GRACE_SECONDS = 25.0
 """A point that is told to stop has so long to save its state."""
 
 Order = dict[str, Any]
 """A point: `number`, `arguments` of the command line, `log`, and `place` in the sweep."""
+
+
+class Running(NamedTuple):
+    """The process of a point."""
+
+    number: int
+    """Of the point."""
+    descriptor: int
+    """Of the process."""
 
 
 def main(home: Path) -> None:
@@ -38,12 +48,15 @@ def main(home: Path) -> None:
     from flows.services.prefect_server import join_server
     from tasks.sources import read_sources
 
-    join_server(home)
     # Before the imports, so that an edit in between is seen.
     read_sources()
     with uncollected():
         import typer  # noqa: F401
 
+        import plumbline.training.rl  # noqa: F401
+
+        # Only now, when the sweep has made its checks: where one fails, no server has started.
+        join_server(home)
         import flows.alignment.flow  # noqa: F401
         from tasks.mlflow_client import preload
 
@@ -62,10 +75,12 @@ def serve(reports: int) -> Order | None:
     Args:
         reports: descriptor to which one line is written for each point that ended.
     """
-    running: dict[int, int] = {}
+    running: dict[int, Running] = {}
     unread = b""
     while True:
-        if select.select([0], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        # The descriptor of a process is readable from the moment at which it ends.
+        ready = select.select([0, *(one.descriptor for one in running.values())], [], [])[0]
+        if 0 in ready:
             said = os.read(0, 65536)
             if not said:
                 break
@@ -75,25 +90,26 @@ def serve(reports: int) -> Order | None:
                 pid = os.fork()
                 if pid == 0:
                     return order
-                running[pid] = order["number"]
+                running[pid] = Running(order["number"], os.pidfd_open(pid))
         report_ended(running, reports)
     stop(running)
     return None
 
 
-def report_ended(running: dict[int, int], reports: int) -> None:
+def report_ended(running: dict[int, Running], reports: int) -> None:
     """Write the number and the exit code of each point that ended, and forget it."""
-    for pid, number in [*running.items()]:
+    for pid, (number, descriptor) in [*running.items()]:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             del running[pid]
+            os.close(descriptor)
             code = os.waitstatus_to_exitcode(status)
             # As a shell says that a signal ended it.
             line = json.dumps({"number": number, "code": code if code >= 0 else 128 - code})
             os.write(reports, f"{line}\n".encode())
 
 
-def stop(running: dict[int, int]) -> None:
+def stop(running: dict[int, Running]) -> None:
     """Let the points save their state and end; then end those that do not."""
     for pid in running:
         os.kill(pid, signal.SIGTERM)
